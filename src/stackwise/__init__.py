@@ -1,0 +1,1 @@
+"""StackWise trains transformer language models stack by stack."""

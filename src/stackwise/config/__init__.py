@@ -1,0 +1,1 @@
+"""The typed configuration: YAML, inheritance, overrides, error reports and named presets."""

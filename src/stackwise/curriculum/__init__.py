@@ -1,0 +1,1 @@
+"""Stages, splits, the curricula and the progressive builder."""

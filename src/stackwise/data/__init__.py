@@ -1,0 +1,1 @@
+"""Sources, tokenizers, token shards, packing and the stateful loader."""

@@ -1,0 +1,1 @@
+"""Rack, Stack and Block, and the parts they are made of."""

@@ -1,0 +1,1 @@
+"""Console progress, the run folder, plots and the report."""

@@ -1,0 +1,1 @@
+"""The one loop, optimizers, schedules and runs."""
