@@ -1,0 +1,19 @@
+"""Settings of checkpoints: where, how often, how many, and what to do with a run that exists."""
+
+from stackwise.config.base import Settings
+from stackwise.config.types import Flag, PathText, PositiveInt
+
+
+class CheckpointSettings(Settings):
+    """Run folders and resume points."""
+
+    dir: PathText = "./runs"
+    """Folder of the run folders; a run's own is `dir/run_id`."""
+    save_interval: PositiveInt = 100
+    """Steps between resume points. The end of a stage is always saved."""
+    keep_last: PositiveInt = 5
+    """Resume points to keep, besides the stage ends."""
+    resume: PathText = "auto"
+    """auto goes on with the run of this `run_id` where its stored configuration agrees; never starts only in an empty folder; a path resumes that run folder."""
+    overwrite: Flag = False
+    """Start afresh in a run folder that is not empty, deleting what it holds."""

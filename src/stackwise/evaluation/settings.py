@@ -1,0 +1,15 @@
+"""Settings of evaluation on the held-out split."""
+
+from stackwise.config.base import Settings
+from stackwise.config.types import PositiveInt
+
+
+class EvaluationSettings(Settings):
+    """When and on how much to evaluate."""
+
+    interval: PositiveInt | None = None
+    """Steps between evaluations. null: around each growth and at the end of each stage."""
+    batches: PositiveInt | None = None
+    """Batches per evaluation. null: the whole split."""
+    batch_size: PositiveInt | None = None
+    """Rows per batch; it changes speed and memory, not the result. null: `training.batch_size`."""

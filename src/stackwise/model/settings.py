@@ -1,0 +1,150 @@
+"""Settings of the model: shape, attention, positions, feed-forward, norms and embeddings."""
+
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import Ge
+from pydantic import Field, model_validator
+
+from stackwise.config.base import Settings
+from stackwise.config.types import (
+    BelowOne,
+    Flag,
+    Int,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    UnitFloat,
+)
+
+# The names a key accepts. They are open: `model/` adds a name here when a part is registered.
+ATTENTION_TYPES = ["mha"]
+NORMS = ["rmsnorm", "layernorm"]
+POSITIONS = ["rope", "learned", "sinusoidal", "none"]
+FFN_TYPES = {
+    "swiglu": True,
+    "geglu": True,
+    "gelu": False,
+    "gelu_tanh": False,
+    "silu": False,
+    "relu": False,
+    "relu2": False,
+}
+"""Feed-forward name -> whether it is gated, which decides the default `d_ff`."""
+
+AttentionType = Annotated[str, OneOf(ATTENTION_TYPES)]
+AttentionMode = Literal["bidirectional", "causal"]
+
+
+class ArchitectureConfig(Settings):
+    """How many stacks, and how many blocks each."""
+
+    n_stacks: PositiveInt = 2
+    """Stacks of the finished model; the progressive run grows to this many unless `target_stacks` says otherwise."""
+    blocks_per_stack: PositiveInt = 4
+    """Blocks (transformer layers) per stack."""
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of the finished model: n_stacks * blocks_per_stack."""
+        return self.n_stacks * self.blocks_per_stack
+
+
+class AttentionFields(Settings):
+    """Fields of the attention; null means not given here."""
+
+    attention_type: AttentionType | None = None
+    """Kind of attention; mha covers multi-head, grouped-query and multi-query by `n_kv_heads`."""
+    attention_mode: AttentionMode | None = None
+    """Whether a position sees only itself and earlier ones (causal) or all (bidirectional)."""
+    qk_norm: Flag | None = None
+    """Normalise queries and keys per head before their product."""
+
+
+class ModelSettings(Settings):
+    """The finished model."""
+
+    d_model: PositiveInt = 768
+    """Width of the residual stream."""
+    n_heads: PositiveInt = 12
+    """Query heads; must divide `d_model`."""
+    n_kv_heads: PositiveInt | None = None
+    """Key and value heads, a divisor of `n_heads`: 1 is multi-query, fewer than `n_heads` grouped-query. null: the preset's choice."""
+    d_ff: PositiveInt | None = None
+    """Width of the feed-forward. null: 8/3 of `d_model` rounded to a multiple of 64 when gated, else 4 times `d_model`."""
+    vocab_size: Annotated[Int, Ge(2)] | None = None
+    """Tokens in the vocabulary. null: the tokenizer's size."""
+    max_seq_len: PositiveInt = 2048
+    """Longest row of tokens: size of the position table and trained length of RoPE."""
+    architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
+    """Shape of the stack of blocks."""
+    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"
+    """Named attention: bert_style sees all positions, gpt_style only earlier ones, efficient_gqa all with a quarter of the key and value heads; custom takes `attention_custom`."""
+    attention_custom: AttentionFields | None = None
+    """All fields of the attention, for the preset custom; a field left out is mha, bidirectional, `model.qk_norm`."""
+    attention_overrides: AttentionFields = Field(default_factory=AttentionFields)
+    """Single fields changed in the chosen preset."""
+    qk_norm: Flag = False
+    """Normalise queries and keys per head before their product, which keeps large learning rates stable."""
+    norm: Annotated[str, OneOf(NORMS)] = "rmsnorm"
+    """Normalisation of the residual stream."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Normalise the input of each sub-layer (pre) or the sum after it (post)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance inside the norms."""
+    ffn_type: Annotated[str, OneOf(FFN_TYPES)] = "swiglu"
+    """Feed-forward: gated (swiglu, geglu) or an activation between two linears."""
+    bias: Flag = False
+    """Give every linear of the blocks a bias."""
+    freeze_up_proj: Flag = False
+    """Keep the up projections of the feed-forwards at their random start: never trained, never decayed."""
+    dropout: BelowOne = 0.0
+    """Probability of zeroing attention weights and sub-layer outputs in training."""
+    pos_encoding: Annotated[str, OneOf(POSITIONS)] | None = None
+    """How positions enter. null: rope if `use_rope`, else learned."""
+    use_rope: Flag = True
+    """Rotary positions; short for `pos_encoding: rope`, and follows `pos_encoding` where only that is set."""
+    rope_theta: PositiveFloat = 1e4
+    """Base of the rotation angles; larger for longer contexts."""
+    tie_embeddings: Flag | None = None
+    """Use the embedding matrix as the head. null: false under an enabled append curriculum, so that the head can train at every stage, else true."""
+    residual_gain: UnitFloat | None = None
+    """Factor on what each sub-layer adds to the residual stream. null: no factor."""
+    zero_init_outputs: Flag = False
+    """Start the output projections of attention and feed-forward at zero, so that every block starts as the identity."""
+
+    @model_validator(mode="after")
+    def _use_rope_follows(self) -> Self:
+        # A key nobody set must not contradict one that somebody did, else a saved configuration,
+        # where every key is written, could not be read back.
+        if "use_rope" not in self.model_fields_set:
+            self.__dict__["use_rope"] = self.pos_encoding in (None, "rope")
+        return self
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The fields of `attention_fields`."""
+        return attention_fields(self)
+
+
+def attention_fields(model: ModelSettings) -> dict[str, Any]:
+    """What preset, `attention_custom` and `attention_overrides` come to.
+
+    Returns attention_type, attention_mode, n_kv_heads and qk_norm, none of them null. A given
+    `model.n_kv_heads` wins over the preset; efficient_gqa takes the largest divisor of `n_heads`
+    that is at most a quarter of it.
+    """
+    fields: dict[str, Any] = {
+        "attention_type": "mha",
+        "attention_mode": "causal" if model.attention_preset == "gpt_style" else "bidirectional",
+        "n_kv_heads": model.n_heads,
+        "qk_norm": model.qk_norm,
+    }
+    if model.attention_preset == "efficient_gqa":
+        quarter = max(1, model.n_heads // 4)
+        fields["n_kv_heads"] = max(g for g in range(1, quarter + 1) if model.n_heads % g == 0)
+    if model.attention_preset == "custom" and model.attention_custom is not None:
+        fields |= model.attention_custom.model_dump(exclude_none=True)
+    fields |= model.attention_overrides.model_dump(exclude_none=True)
+    if model.n_kv_heads is not None:
+        fields["n_kv_heads"] = model.n_kv_heads
+    return fields

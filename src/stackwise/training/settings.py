@@ -1,0 +1,130 @@
+"""Settings of training: batches, budget, precision, learning rate and optimizer."""
+
+import re
+from typing import Annotated, Literal
+
+from annotated_types import MaxLen, MinLen
+from pydantic import AfterValidator, Field, JsonValue
+from pydantic_core import PydanticCustomError
+
+from stackwise.config.base import Settings
+from stackwise.config.types import (
+    Allowed,
+    BelowOne,
+    Flag,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UpToOne,
+)
+from stackwise.curriculum.settings import ProgressiveSettings
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError(
+            "regex", "not a regular expression ({reason})", {"reason": str(error)}
+        ) from None
+    return text
+
+
+def _folder_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text) or text in {".", ".."}:
+        raise PydanticCustomError("folder_name", "not usable as the name of a run folder")
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text):
+        raise PydanticCustomError("device", "not a device")
+    return text
+
+
+class ParameterGroup(Settings):
+    """Rates for the parameters whose name matches."""
+
+    match: Annotated[str, AfterValidator(_regex), Allowed("regular expression")]
+    """Regular expression searched in the parameter's name, such as `embedding`; the first group that matches a parameter takes it."""
+    lr: PositiveFloat | None = None
+    """Learning rate of the group. null: the rate the parameters would have without it."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of the group. null: the decay the parameters would have without it."""
+
+
+class OptimizerSettings(Settings):
+    """The optimizer and its parameter groups."""
+
+    optimizer_type: Literal["AdamW", "Adam", "SGD", "Muon"] = "AdamW"
+    """Muon takes the matrices of the blocks, AdamW the rest."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    adam_lr: PositiveFloat | None = None
+    """Peak learning rate of the tensors Muon does not take. null: `lr`."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    betas: Annotated[list[BelowOne], MinLen(2), MaxLen(2)] = [0.9, 0.95]
+    """Decay of the first and second moments of Adam."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of Adam."""
+    momentum: BelowOne = 0.9
+    """Momentum of SGD and Muon; Muon is usually run at 0.95."""
+    custom_params: dict[str, JsonValue] = {}
+    """Extra keyword arguments of the optimizer, such as `{nesterov: true}`."""
+    groups: list[ParameterGroup] = []
+    """Parameters with rates of their own, by regular expression on their name."""
+
+
+class TrainingSettings(Settings):
+    """The training loop."""
+
+    batch_size: PositiveInt = 4
+    """Rows per micro-batch."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step; the loss does not depend on it."""
+    seq_len: PositiveInt = 512
+    """Tokens per row."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps per stack stage; wins over `epochs_per_stack`. null: by epochs."""
+    epochs_per_stack: PositiveInt = 1
+    """Passes over the training data per stack stage."""
+    seed: Seed = 42
+    """Seed of data order and initialisation."""
+    deterministic: Flag = False
+    """Use only kernels that give the same bits each time."""
+    run_id: Annotated[str, AfterValidator(_folder_name), Allowed("letters, digits and . _ -")] = "default_run"
+    """Name of the run folder in `checkpoint.dir`."""
+    device: Annotated[str, AfterValidator(_device), Allowed("auto, cpu, cuda, cuda:N, mps")] = "auto"
+    """Where to compute. auto: cuda, else mps, else cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the computation; weights and optimizer state stay float32. auto: bfloat16 where the device computes it natively, else float32."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm; 0 is off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient that is not finite: stop the run, or skip and count the step."""
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course of the learning rate in each stage, after the warm-up; wsd holds it and decays at the end."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from zero, at the start of the run."""
+    decay_fraction: UpToOne = 0.2
+    """Share of a stage's steps that decay, for wsd."""
+    min_lr_ratio: UnitFloat = 0.1
+    """Learning rate at the end of a stage, as a share of the peak."""
+    new_stack_lr: PositiveFloat | None = None
+    """Peak learning rate of a newly grown stack. null: `optimizer.lr`."""
+    trunk_lr: PositiveFloat | None = None
+    """Peak learning rate of older stacks where they train: a trainable trunk, and the joint phase. null: `optimizer.lr`."""
+    gradient_checkpointing: Flag = False
+    """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
+    compile: Flag = False
+    """Compile each block with torch.compile: faster steps after a slow start."""
+    loss_chunk_tokens: Literal["auto"] | PositiveInt = "auto"
+    """Tokens per piece of the head and loss. auto: as many as keep the float32 logits under 256 MB."""
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    """The optimizer."""
+    progressive: ProgressiveSettings = Field(default_factory=ProgressiveSettings)
+    """Growth of the model, stack by stack."""
