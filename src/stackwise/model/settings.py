@@ -121,6 +121,23 @@ class ModelSettings(Settings):
         return self
 
     @property
+    def positions(self) -> str:
+        """The position encoding: `pos_encoding`, or what `use_rope` stands for."""
+        return self.pos_encoding or ("rope" if self.use_rope else "learned")
+
+    @property
+    def ffn_is_gated(self) -> bool:
+        """Whether the feed-forward has a gate beside its up projection."""
+        return FFN_TYPES[self.ffn_type]
+
+    @property
+    def ffn_width(self) -> int:
+        """`d_ff`, or 8/3 of `d_model` to the nearest multiple of 64 when gated, else 4 times `d_model`."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return max(64, round(self.d_model * 8 / 3 / 64) * 64) if self.ffn_is_gated else 4 * self.d_model
+
+    @property
     def attention(self) -> dict[str, Any]:
         """The fields of `attention_fields`."""
         return attention_fields(self)

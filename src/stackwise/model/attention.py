@@ -1,0 +1,84 @@
+"""Multi-head attention with grouped or single key-value heads, on PyTorch's scaled dot-product attention.
+
+Shape letters: B batch, T new tokens, S seen tokens, D model width, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackwise.kernels.rotary import rotary_table, rotate
+from stackwise.model.norms import RMSNorm
+from stackwise.model.registry import ATTENTIONS
+from stackwise.model.spec import BlockSpec
+from stackwise.model.visibility import Mask
+
+if TYPE_CHECKING:
+    from stackwise.model.block import Context
+    from stackwise.model.cache import BlockCache
+
+
+def attend(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask: Mask, dropout: float) -> Tensor:
+    """softmax(q k / sqrt(H)) v over the visible keys; rows that see none give 0. -> [B, N, T, H]."""
+    out = F.scaled_dot_product_attention(
+        q_BNTH,
+        k_BNSH,
+        v_BNSH,
+        attn_mask=mask.visible,
+        dropout_p=dropout,
+        is_causal=mask.is_causal,
+        enable_gqa=k_BNSH.shape[1] != q_BNTH.shape[1],
+    )
+    return out if mask.dead is None else out.masked_fill(mask.dead, 0.0)
+
+
+@ATTENTIONS.register("mha")
+class Attention(nn.Module):
+    """q, k, v of N and N_kv heads, rotated inside; key-value head j serves query heads j*N/N_kv onwards.
+
+    N_kv = N is multi-head, 1 is multi-query, anything between is grouped-query attention (Ainslie et al. 2023,
+    arXiv 2305.13245).
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        kv_width = spec.n_kv_heads * spec.head_dim
+        self.q = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
+        self.k = nn.Linear(spec.d_model, kv_width, bias=spec.bias)
+        self.v = nn.Linear(spec.d_model, kv_width, bias=spec.bias)
+        self.o = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.head_dim, self.causal = spec.head_dim, spec.causal
+        self.rope_theta, self.dropout = spec.rope_theta, spec.dropout
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.q(x_BTD).unflatten(-1, heads)
+        k = self.k(x_BTD).unflatten(-1, heads)
+        v = self.v(x_BTD).unflatten(-1, heads).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope_theta is not None:
+            factors = self._factors(context, x_BTD)
+            q, k = rotate(q, factors), rotate(k, factors)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(q, k, v, context.visibility.mask(self.causal), dropout)
+        return self.o(out.transpose(1, 2).flatten(-2))
+
+    def _factors(self, context: Context, x_BTD: Tensor) -> Tensor:
+        """Rotation factors of the positions of this pass: [T, H/2], or [B, T, H/2] with position ids."""
+        assert self.rope_theta is not None
+        wide = x_BTD.dtype == torch.float64
+        table = rotary_table(self.head_dim, self.rope_theta, context.max_seq_len, x_BTD.device, wide)
+        if context.position_ids is not None:
+            return table[context.position_ids]
+        past = context.visibility.past
+        return table[past : past + x_BTD.shape[1]]

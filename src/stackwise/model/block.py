@@ -1,0 +1,121 @@
+"""Block: one transformer layer. Stack: Blocks under one identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from stackwise.model.cache import BlockCache
+from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
+from stackwise.model.spec import BlockSpec, StackSpec
+from stackwise.model.visibility import Visibility
+
+
+class Context(NamedTuple):
+    """What every block of a forward pass shares."""
+
+    visibility: Visibility
+    position_ids: Tensor | None
+    max_seq_len: int
+
+
+class Block(nn.Module):
+    """Attention and feed-forward around a residual stream.
+
+    pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
+    Built from the keyword arguments of `BlockSpec`, or from a `spec`. Bad values are ValueErrors, unknown
+    arguments TypeErrors with the nearest spelling.
+    """
+
+    def __init__(self, spec: BlockSpec | None = None, **options: Any) -> None:
+        super().__init__()
+        if spec is not None and options:
+            raise TypeError("give either a BlockSpec or keyword arguments, not both")
+        spec = spec or BlockSpec.create(options)
+        make_norm = NORM_LAYERS.get(spec.norm)
+        self.spec = spec
+        self.attn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
+        self.attn = ATTENTIONS.get(spec.attention_type)(spec)
+        self.ffn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
+        self.ffn = FEED_FORWARDS.get(spec.ffn_type)(spec)
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+        self.gain, self.pre = spec.residual_gain, spec.norm_placement == "pre"
+        self.requires_grad_(True)
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
+        if self.pre:
+            x_BTD = self._add(x_BTD, self.attn(self.attn_norm(x_BTD), context, cache))
+            return self._add(x_BTD, self.ffn(self.ffn_norm(x_BTD)))
+        x_BTD = self.attn_norm(self._add(x_BTD, self.attn(x_BTD, context, cache)))
+        return self.ffn_norm(self._add(x_BTD, self.ffn(x_BTD)))
+
+    def _add(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+        if self.dropout is not None:
+            branch_BTD = self.dropout(branch_BTD)
+        return x_BTD + (branch_BTD if self.gain == 1.0 else self.gain * branch_BTD)
+
+    def output_projections(self) -> list[nn.Module]:
+        """The layers that write into the residual stream; zeroed, the block is the identity (pre-norm)."""
+        return [self.attn.o, self.ffn.down]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Block:
+        """Thaw or freeze; a frozen up projection stays frozen."""
+        super().requires_grad_(requires_grad)
+        if self.spec.freeze_up_proj:
+            self.ffn.up.requires_grad_(False)
+        return self
+
+
+class Stack(nn.Module):
+    """Blocks in forward order. `uid` and `build_index` never change; `stack_id` is the position in its rack."""
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        stack_id: int = 0,
+        freeze_blocks: bool = False,
+        *,
+        uid: str | None = None,
+        build_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        if not len(self.blocks):
+            raise ValueError("a stack needs at least one block")
+        self.stack_id = stack_id
+        self.build_index = stack_id if build_index is None else build_index
+        self.uid = uid or f"s{self.build_index}"
+        if freeze_blocks:
+            self.freeze_all()
+
+    @classmethod
+    def from_spec(cls, spec: StackSpec, stack_id: int) -> Stack:
+        blocks = [Block(block) for block in spec.blocks]
+        return cls(blocks, stack_id, uid=spec.uid, build_index=spec.build_index)
+
+    @property
+    def spec(self) -> StackSpec:
+        blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        return StackSpec(self.uid, tuple(block.spec for block in blocks), self.build_index)
+
+    @property
+    def d_model(self) -> int:
+        return self.spec.blocks[0].d_model
+
+    def freeze_all(self) -> None:
+        """No gradient, and eval mode: dropout is off."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze_all(self) -> None:
+        """Thaw everything but frozen up projections."""
+        for block in self.blocks:
+            block.requires_grad_(True)
+        self.train()
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        for block in self.blocks:
+            x_BTD = block(x_BTD, context)
+        return x_BTD

@@ -1,0 +1,51 @@
+"""Keys and values of tokens already seen, one pair of buffers per block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class BlockCache:
+    """Keys and values of one block: buffers [B, N_kv, capacity, H], filled from the left."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.length = 0
+
+    def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T tokens; returns everything held so far as views."""
+        start, stop = self.length, self.length + k_BNTH.shape[2]
+        if stop > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {stop} were asked for")
+        self.keys[:, :, start:stop] = k_BNTH
+        self.values[:, :, start:stop] = v_BNTH
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """The caches of all blocks of a rack, for `batch` rows of at most `capacity` tokens."""
+
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`shapes`: (n_kv_heads, head_dim) of each block in forward order."""
+        self.capacity = capacity
+        self.blocks = [
+            BlockCache(
+                torch.empty(batch, heads, capacity, width, dtype=dtype, device=device),
+                torch.empty(batch, heads, capacity, width, dtype=dtype, device=device),
+            )
+            for heads, width in shapes
+        ]
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.blocks[0].length if self.blocks else 0

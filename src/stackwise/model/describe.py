@@ -1,0 +1,102 @@
+"""From settings to descriptions: the one reading of `model.*` that every factory, builder and planner uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stackwise.model.settings import AttentionFields, ModelSettings, attention_fields
+from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+
+def attention_options(preset: str, n_heads: int, custom: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Block options of a named attention preset. custom without fields: ValueError."""
+    fields = AttentionFields(**custom) if custom is not None else None
+    if preset == "custom" and fields is None:
+        raise ValueError("attention_preset custom needs attention_custom with the attention's fields")
+    settings = ModelSettings(n_heads=n_heads, attention_preset=preset, attention_custom=fields)
+    return _options(settings)
+
+
+def _options(model: ModelSettings) -> dict[str, Any]:
+    fields = attention_fields(model)
+    return {
+        "attention_type": fields["attention_type"],
+        "causal": fields["attention_mode"] == "causal",
+        "n_kv_heads": fields["n_kv_heads"],
+        "qk_norm": fields["qk_norm"],
+    }
+
+
+def position_encoding(model: ModelSettings) -> str:
+    """`pos_encoding`, or what `use_rope` says when it is null."""
+    return model.pos_encoding or ("rope" if model.use_rope else "learned")
+
+
+def block_spec(model: ModelSettings) -> BlockSpec:
+    """One block as the model settings describe it."""
+    return BlockSpec(
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        d_ff=model.d_ff or 0,
+        rope_theta=model.rope_theta if position_encoding(model) == "rope" else None,
+        norm=model.norm,
+        norm_eps=model.norm_eps,
+        norm_placement=model.norm_placement,
+        ffn_type=model.ffn_type,
+        freeze_up_proj=model.freeze_up_proj,
+        bias=model.bias,
+        dropout=model.dropout,
+        residual_gain=1.0 if model.residual_gain is None else model.residual_gain,
+        zero_init_outputs=model.zero_init_outputs,
+        **_options(model),
+    )
+
+
+def appends(config: StackWiseConfig) -> bool:
+    """Whether the run grows by appending stacks."""
+    progressive = config.training.progressive
+    return progressive.enabled and progressive.building_mode == "append"
+
+
+def target_stacks(config: StackWiseConfig) -> int:
+    """Stacks the run ends with."""
+    target = config.training.progressive.target_stacks if config.training.progressive.enabled else None
+    return target or config.model.architecture.n_stacks
+
+
+def is_tied(config: StackWiseConfig) -> bool:
+    """`tie_embeddings`; null: untied when stacks are appended, so that the head can train at every stage."""
+    tied = config.model.tie_embeddings
+    return not appends(config) if tied is None else tied
+
+
+def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
+    """The rack of a config, with `n_stacks` stacks (null: as many as the run ends with).
+
+    `model.vocab_size` must be set by then; the tokenizer's size is filled in when the data is prepared.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: give it, or let the tokenizer of a run set it")
+    block = block_spec(model)
+    per_stack = model.architecture.blocks_per_stack
+    planned = target_stacks(config)
+    tail = (block,) * (config.training.progressive.global_head_blocks if appends(config) else 0)
+    count = planned if n_stacks is None else n_stacks
+    return RackSpec(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        stacks=tuple(StackSpec(f"s{i}", (block,) * per_stack, i) for i in range(count)),
+        tail=tail,
+        max_seq_len=model.max_seq_len,
+        positions=position_encoding(model),
+        norm=model.norm,
+        norm_eps=model.norm_eps,
+        tied=is_tied(config),
+        dropout=model.dropout,
+        planned_blocks=planned * per_stack + len(tail),
+    )

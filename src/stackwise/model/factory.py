@@ -1,0 +1,166 @@
+"""Racks and stacks from a few numbers, from a config, or from a list of specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stackwise.model.block import Stack
+from stackwise.model.describe import attention_options, block_spec, rack_spec
+from stackwise.model.rack import Rack
+from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+    from stackwise.model.settings import ModelSettings
+
+
+def create_simple_rack(
+    n_stacks: int,
+    blocks_per_stack: int,
+    d_model: int,
+    d_ff: int,
+    n_heads: int,
+    vocab_size: int,
+    n_kv_heads: int | None = None,
+    attention_preset: str = "bert_style",
+    attention_custom: Mapping[str, Any] | None = None,
+    tie_embeddings: bool = True,
+    use_rope: bool = True,
+    rope_theta: float = 1e4,
+    dropout: float = 0.0,
+    freeze_up_proj: bool = False,
+    *,
+    max_seq_len: int = 2048,
+    seed: int = 0,
+    **block_options: Any,
+) -> Rack:
+    """A rack of equal blocks. n_stacks or blocks_per_stack < 1: ValueError; unknown option: TypeError."""
+    for name, value in (("n_stacks", n_stacks), ("blocks_per_stack", blocks_per_stack)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    options: dict[str, Any] = {
+        "d_model": d_model,
+        "d_ff": d_ff,
+        "n_heads": n_heads,
+        "dropout": dropout,
+        "freeze_up_proj": freeze_up_proj,
+        "rope_theta": rope_theta if use_rope else None,
+        **attention_options(attention_preset, n_heads, attention_custom),
+    }
+    if n_kv_heads is not None:
+        options["n_kv_heads"] = n_kv_heads
+    block = BlockSpec.create({**options, **block_options})
+    stacks = tuple(StackSpec(f"s{i}", (block,) * blocks_per_stack, i) for i in range(n_stacks))
+    spec = RackSpec(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        stacks=stacks,
+        max_seq_len=max_seq_len,
+        positions="rope" if use_rope else "learned",
+        norm=block.norm,
+        norm_eps=block.norm_eps,
+        tied=tie_embeddings,
+        dropout=dropout,
+    )
+    return Rack(spec, seed=seed)
+
+
+def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any]) -> Rack:
+    """The finished rack of a config, a nested mapping or a `to_dict()`; honours every `model.*` key."""
+    root = _as_config(config)
+    return Rack(rack_spec(root), seed=root.training.seed)
+
+
+def create_stack_from_config(
+    stack_id: int,
+    n_blocks: int,
+    config: StackWiseConfig | ModelSettings | Mapping[str, Any],
+    freeze_blocks: bool = False,
+) -> Stack:
+    """A stack of `n_blocks` blocks as a root or model-level config describes them."""
+    from stackwise.model.init import init_weights
+    from stackwise.model.settings import ModelSettings
+
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks must be at least 1, got {n_blocks}")
+    seed = 0
+    if isinstance(config, ModelSettings):
+        model = config
+    else:
+        root = _as_config(config)
+        model, seed = root.model, root.training.seed
+    block = block_spec(model)
+    stack = Stack.from_spec(StackSpec(f"s{stack_id}", (block,) * n_blocks, stack_id), stack_id)
+    init_weights(stack, seed=seed, planned_blocks=n_blocks, prefix=f"stacks.s{stack_id}.")
+    if freeze_blocks:
+        stack.freeze_all()
+    return stack
+
+
+def create_rack_from_specs(
+    vocab_size: int,
+    d_model: int,
+    stack_specs: Sequence[Mapping[str, Any]],
+    tie_embeddings: bool = True,
+    use_rope: bool = True,
+    rope_theta: float = 1e4,
+    embedding_layer: nn.Embedding | None = None,
+    *,
+    max_seq_len: int = 2048,
+    seed: int = 0,
+) -> Rack:
+    """A rack of unlike stacks.
+
+    Each spec: {stack_id, n_blocks, block_spec, freeze_blocks?}, sorted by id; `block_spec` holds keyword arguments of
+    `Block`. A doubled id, unequal widths or an unknown key raise ValueError or TypeError.
+    """
+    allowed = {"stack_id", "n_blocks", "block_spec", "freeze_blocks"}
+    for row in stack_specs:
+        if extra := set(row) - allowed:
+            raise TypeError(f"unknown key {sorted(extra)[0]!r} in a stack spec; known: {sorted(allowed)}")
+    ids = [row["stack_id"] for row in stack_specs]
+    if not ids:
+        raise ValueError("stack_specs is empty: a rack needs at least one stack")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"stack_id must be unique, got {sorted(ids)}")
+    rows = sorted(stack_specs, key=lambda row: row["stack_id"])
+    stacks, frozen = [], []
+    for position, row in enumerate(rows):
+        if row["n_blocks"] < 1:
+            raise ValueError(f"n_blocks must be at least 1, got {row['n_blocks']} in stack {row['stack_id']}")
+        options = {"d_model": d_model, "rope_theta": rope_theta if use_rope else None, **row["block_spec"]}
+        block = BlockSpec.create(options)
+        stacks.append(StackSpec(f"s{row['stack_id']}", (block,) * row["n_blocks"], position))
+        frozen.append(bool(row.get("freeze_blocks", False)))
+    first = stacks[0].blocks[0]
+    spec = RackSpec(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        stacks=tuple(stacks),
+        max_seq_len=max_seq_len,
+        positions="rope" if use_rope else "learned",
+        norm=first.norm,
+        norm_eps=first.norm_eps,
+        tied=tie_embeddings,
+    )
+    rack = Rack(spec, seed=seed)
+    if embedding_layer is not None:
+        if (embedding_layer.num_embeddings, embedding_layer.embedding_dim) != (vocab_size, d_model):
+            raise ValueError(
+                f"embedding_layer is {embedding_layer.num_embeddings} x {embedding_layer.embedding_dim}, "
+                f"the rack needs {vocab_size} x {d_model}"
+            )
+        rack.embedding.weight = embedding_layer.weight
+    for stack, freeze in zip(rack.stacks, frozen, strict=True):
+        if freeze:
+            stack.freeze_all()
+    return rack
+
+
+def _as_config(config: StackWiseConfig | Mapping[str, Any]) -> StackWiseConfig:
+    from stackwise.config.root import StackWiseConfig
+
+    return StackWiseConfig.from_dict(dict(config)) if isinstance(config, Mapping) else config

@@ -1,0 +1,85 @@
+"""Feed-forward layers, all named `up`, `down` and, where there is a gate, `gate`.
+
+Gated: down(act(gate x) * up x)   (Shazeer 2020, arXiv 2002.05202). Plain: down(act(up x)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackwise.model.registry import FEED_FORWARDS
+from stackwise.model.spec import BlockSpec
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate x) * up x). With `freeze_up_proj`, `up` stays at its seeded start and never trains."""
+
+    def __init__(self, spec: BlockSpec, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.up = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.down = nn.Linear(spec.d_ff, spec.d_model, bias=spec.bias)
+        self.activation = activation
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class FeedForward(nn.Module):
+    """down(act(up x))."""
+
+    def __init__(self, spec: BlockSpec, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.down = nn.Linear(spec.d_ff, spec.d_model, bias=spec.bias)
+        self.activation = activation
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+@FEED_FORWARDS.register("swiglu")
+def _swiglu(spec: BlockSpec) -> nn.Module:
+    return GatedFeedForward(spec, F.silu)
+
+
+@FEED_FORWARDS.register("geglu")
+def _geglu(spec: BlockSpec) -> nn.Module:
+    return GatedFeedForward(spec, F.gelu)
+
+
+@FEED_FORWARDS.register("gelu")
+def _gelu(spec: BlockSpec) -> nn.Module:
+    return FeedForward(spec, F.gelu)
+
+
+@FEED_FORWARDS.register("gelu_tanh")
+def _gelu_tanh_layer(spec: BlockSpec) -> nn.Module:
+    return FeedForward(spec, _gelu_tanh)
+
+
+@FEED_FORWARDS.register("silu")
+def _silu(spec: BlockSpec) -> nn.Module:
+    return FeedForward(spec, F.silu)
+
+
+@FEED_FORWARDS.register("relu")
+def _relu(spec: BlockSpec) -> nn.Module:
+    return FeedForward(spec, F.relu)
+
+
+@FEED_FORWARDS.register("relu2")
+def _relu2(spec: BlockSpec) -> nn.Module:
+    return FeedForward(spec, _relu_squared)

@@ -1,0 +1,260 @@
+"""Rack: embedding -> Stacks -> tail -> final norm -> head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from stackwise.model.block import Block, Context, Stack
+from stackwise.model.cache import KVCache
+from stackwise.model.init import init_weights
+from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
+from stackwise.model.spec import RackSpec
+from stackwise.model.visibility import Visibility
+
+
+class Stacks(nn.Module):
+    """Stacks in forward order, reached by position; parameters are named by uid, which never changes."""
+
+    def __init__(self, stacks: list[Stack]) -> None:
+        super().__init__()
+        for position, stack in enumerate(stacks):
+            stack.stack_id = position
+            self.add_module(stack.uid, stack)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Stack]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, position: int) -> Stack:
+        return list(self)[position]
+
+
+class Head(nn.Module):
+    """hidden -> logits. Holds no weight of its own when it is tied to the embedding."""
+
+    def __init__(self, d_model: int, vocab_size: int, tied_to: nn.Embedding | None) -> None:
+        super().__init__()
+        if tied_to is None:
+            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        else:
+            self.register_parameter("weight", None)
+            self._tied = [tied_to]  # in a list, so that the embedding is not registered a second time
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        """The [V, D] matrix, whoever owns it."""
+        return self.weight if self.weight is not None else self._tied[0].weight  # type: ignore[return-value]
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        return F.linear(hidden_BTD, self.matrix)
+
+
+class Rack(nn.Module):
+    """A language model made of stacks.
+
+    `rack(input_ids)` takes int64 ids [B, T] and gives logits [B, T, V]. Float ids are a TypeError, an id outside the
+    vocabulary an IndexError, more than `max_seq_len` tokens a ValueError. A new rack is initialised from `seed`.
+    """
+
+    def __init__(self, spec: RackSpec, *, seed: int = 0, stacks: list[Stack] | None = None) -> None:
+        """`stacks`: modules to take over as they are, in the order of `spec.stacks`."""
+        super().__init__()
+        d_model = spec.d_model
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, d_model)
+        self.positions = POSITION_LAYERS.get(spec.positions)(spec.max_seq_len, d_model)
+        fresh = stacks is None
+        self.stacks = Stacks(stacks or [Stack.from_spec(s, i) for i, s in enumerate(spec.stacks)])
+        self.tail = nn.ModuleList(Block(block) for block in spec.tail)
+        self.norm = NORM_LAYERS.get(spec.norm)(d_model, spec.norm_eps, any(b.bias for b in spec.blocks))
+        self.head = Head(d_model, spec.vocab_size, self.embedding if spec.tied else None)
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+        self.remat = False
+        planned = spec.planned_blocks or len(spec.blocks)
+        for name, child in self.named_children():
+            if name != "stacks" or fresh:
+                init_weights(child, seed=seed, planned_blocks=planned, prefix=f"{name}.")
+
+    # --- structure ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_causal(self) -> bool:
+        """True when every block is causal."""
+        return self.spec.is_causal
+
+    @property
+    def is_tied(self) -> bool:
+        return self.spec.tied
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def blocks(self) -> list[Block]:
+        """All blocks in forward order, the tail last."""
+        blocks = [block for stack in self.stacks for block in stack.blocks]
+        return [*blocks, *self.tail]
+
+    def units(self) -> list[tuple[str, list[nn.Module]]]:
+        """The rack in forward order, for splitting it into prefix, active part and suffix."""
+        lookup = [m for m in (self.embedding, self.positions) if m is not None]
+        units: list[tuple[str, list[nn.Module]]] = [("embedding", lookup)]
+        for stack in self.stacks:
+            units += [(f"stack:{stack.uid}", [block]) for block in stack.blocks]
+        units += [("tail", [block]) for block in self.tail]
+        return [*units, ("norm", [self.norm]), ("head", [self.head])]
+
+    def part_of(self, name: str) -> str:
+        """The part a parameter belongs to: embedding, stack:<uid>, tail, norm or head."""
+        first, _, rest = name.partition(".")
+        if first == "stacks":
+            return f"stack:{rest.partition('.')[0]}"
+        return "embedding" if first == "positions" else first
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Parameters by part, each tensor once; the unit of checkpoints."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.state_dict().items():
+            parts.setdefault(self.part_of(name), {})[name] = tensor
+        return parts
+
+    def get_parameter_count(self) -> int:
+        """Parameters, each tensor once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def get_trainable_parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def get_embedding_layer(self) -> nn.Embedding:
+        return self.embedding
+
+    def get_lm_head(self) -> Head:
+        return self.head
+
+    # --- forward -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """input_ids [B, T], attention_mask 0/1 or bool [B, T] (with a cache: [B, seen + T]) -> logits [B, T, V]."""
+        self._check_ids(input_ids)
+        hidden = self.forward_features(
+            input_ids, attention_mask, position_ids=position_ids, document_ids=document_ids, cache=cache
+        )
+        return self.head(hidden)
+
+    def forward_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        prefix: int = 0,
+    ) -> Tensor:
+        """Everything but the head -> hidden [B, T, D].
+
+        `prefix`: how many leading units (embedding, then blocks) run without gradient; see `curriculum.split`.
+        """
+        context = self._context(input_ids, attention_mask, position_ids, document_ids, cache)
+        blocks = self.blocks()
+        caches = cache.blocks if cache is not None else [None] * len(blocks)
+        with torch.no_grad() if prefix else nullcontext():
+            x_BTD = self.embed(input_ids, context)
+            for block, held in zip(blocks[: max(0, prefix - 1)], caches, strict=False):
+                x_BTD = block(x_BTD, context, held)
+        for block, held in list(zip(blocks, caches, strict=True))[max(0, prefix - 1) :]:
+            if self.remat and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, context, held)
+        return self.norm(x_BTD)
+
+    def forward_from_stack(self, hidden: Tensor, start: int, end: int | None = None) -> Tensor:
+        """Run stacks start..end-1 on hidden states [B, T, D]; with `end` null also the tail and the final norm."""
+        n_stacks = len(self.stacks)
+        if not 0 <= start <= n_stacks or (end is not None and not start <= end <= n_stacks):
+            raise IndexError(f"stacks {start}..{end} of a rack of {n_stacks}")
+        context = Context(Visibility(hidden.shape[1], device=hidden.device), None, self.spec.max_seq_len)
+        for stack in list(self.stacks)[start:end]:
+            hidden = stack(hidden, context)
+        if end is not None:
+            return hidden
+        for block in self.tail:
+            hidden = block(hidden, context)
+        return self.norm(hidden)
+
+    def embed(self, input_ids: Tensor, context: Context) -> Tensor:
+        """Token embedding, plus positions where they are added there. [B, T] -> [B, T, D]."""
+        x_BTD = self.embedding(input_ids)
+        if self.positions is not None:
+            position_ids = context.position_ids
+            if position_ids is None:
+                past = context.visibility.past
+                position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            x_BTD = x_BTD + self.positions(position_ids)
+        return x_BTD if self.dropout is None else self.dropout(x_BTD)
+
+    def _context(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        cache: KVCache | None,
+    ) -> Context:
+        past = cache.length if cache is not None else 0
+        n_new, limit = input_ids.shape[1], self.spec.max_seq_len
+        if past + n_new > limit:
+            raise ValueError(
+                f"{past + n_new} tokens are more than max_seq_len = {limit}; shorten the input or build the model "
+                f"with model.max_seq_len={past + n_new}"
+            )
+        if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], past + n_new):
+            raise ValueError(
+                f"attention_mask must be [{input_ids.shape[0]}, {past + n_new}], got {list(attention_mask.shape)}"
+            )
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids and a cache cannot be combined: generate each document by itself")
+        visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device)
+        return Context(visibility, position_ids, limit)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids must be integers, got {input_ids.dtype}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, tokens], got shape {list(input_ids.shape)}")
+        if input_ids.numel():
+            low, high = (int(v) for v in input_ids.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                bad = low if low < 0 else high
+                raise IndexError(f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}")
+
+    # --- generation --------------------------------------------------------------------------------------------
+
+    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty key-value cache for `batch` rows of up to `capacity` tokens."""
+        shapes = [(block.n_kv_heads, block.head_dim) for block in self.spec.blocks]
+        return KVCache(shapes, batch, capacity, dtype or self.embedding.weight.dtype, self.device)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Continue token ids [B, T]; see `stackwise.inference.generate.generate` for the options."""
+        from stackwise.inference.generate import generate
+
+        return generate(self, input_ids, **options)

@@ -1,0 +1,164 @@
+"""Descriptions of a Rack: plain, immutable data from which modules are built and counted.
+
+Growth, planning and checkpoints work on these; no torch is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS, POSITION_LAYERS
+from stackwise.model.settings import FFN_TYPES
+
+
+def default_d_ff(d_model: int, ffn_type: str) -> int:
+    """8/3 of the width rounded to a multiple of 64 for gated layers (equal parameters), else 4 x."""
+    if FFN_TYPES.get(ffn_type, False):
+        return max(64, round(8 * d_model / 3 / 64) * 64)
+    return 4 * d_model
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One transformer layer. `rope_theta` null = no rotation; `n_kv_heads` 0 and `d_ff` 0 take the defaults."""
+
+    d_model: int
+    n_heads: int
+    n_kv_heads: int = 0
+    d_ff: int = 0
+    attention_type: str = "mha"
+    causal: bool = False
+    qk_norm: bool = False
+    rope_theta: float | None = 10_000.0
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"
+    ffn_type: str = "swiglu"
+    freeze_up_proj: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+    residual_gain: float = 1.0
+    zero_init_outputs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads == 0:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.d_ff == 0:
+            object.__setattr__(self, "d_ff", default_d_ff(self.d_model, self.ffn_type))
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> list[str]:
+        found = []
+        for name in ("d_model", "n_heads", "n_kv_heads", "d_ff"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if found:
+            return found
+        if self.d_model % self.n_heads:
+            found.append(f"n_heads must divide d_model: {self.d_model} is no multiple of {self.n_heads}")
+        elif self.rope_theta is not None and self.head_dim % 2:
+            found.append(f"rotary positions need an even head width, got {self.head_dim}")
+        if self.n_kv_heads > self.n_heads or self.n_heads % self.n_kv_heads:
+            found.append(f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.residual_gain <= 1:
+            found.append(f"residual_gain must be in [0, 1], got {self.residual_gain}")
+        if self.norm_placement not in ("pre", "post"):
+            found.append(f"norm_placement must be pre or post, got {self.norm_placement!r}")
+        if self.freeze_up_proj and not FFN_TYPES.get(self.ffn_type, True):
+            found.append(f"freeze_up_proj needs a gated feed-forward (such as swiglu), got {self.ffn_type}")
+        for registry, name in (
+            (ATTENTIONS, self.attention_type),
+            (FEED_FORWARDS, self.ffn_type),
+            (NORM_LAYERS, self.norm),
+        ):
+            if name not in registry.names():
+                registry.get(name)  # raises with the list and the nearest spelling
+        return found
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @classmethod
+    def create(cls, options: Mapping[str, Any]) -> BlockSpec:
+        """From keyword arguments; an unknown one is a TypeError with the nearest spelling."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+                raise TypeError(f"unknown block option {name!r}{hint}")
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """Blocks in forward order under an identity that never changes."""
+
+    uid: str
+    blocks: tuple[BlockSpec, ...]
+    build_index: int = 0
+
+
+@dataclass(frozen=True)
+class RackSpec:
+    """embedding -> stacks -> tail -> norm -> head.
+
+    `tail` are the global head blocks: they sit between the last stack and the final norm and train in every stage of
+    an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `head_from` is null for
+    an own head matrix or "embedding" for a tied one.
+    """
+
+    vocab_size: int
+    d_model: int
+    stacks: tuple[StackSpec, ...]
+    tail: tuple[BlockSpec, ...] = ()
+    max_seq_len: int = 2048
+    positions: str = "rope"
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    tied: bool = False
+    dropout: float = 0.0
+    planned_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size must be at least 2, got {self.vocab_size}")
+        if self.positions not in POSITION_LAYERS.names():
+            POSITION_LAYERS.get(self.positions)
+        uids = [stack.uid for stack in self.stacks]
+        if len(set(uids)) != len(uids):
+            raise ValueError(f"stack uids must be unique, got {uids}")
+        for block in self.blocks:
+            if block.d_model != self.d_model:
+                raise ValueError(f"every block must be {self.d_model} wide, got {block.d_model}")
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """All blocks in forward order, the tail last."""
+        return tuple(b for stack in self.stacks for b in stack.blocks) + self.tail
+
+    @property
+    def is_causal(self) -> bool:
+        return all(block.causal for block in self.blocks)
+
+    def with_stacks(self, stacks: Sequence[StackSpec]) -> RackSpec:
+        return replace(self, stacks=tuple(stacks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives back an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RackSpec:
+        def blocks(rows: Sequence[Mapping[str, Any]]) -> tuple[BlockSpec, ...]:
+            return tuple(BlockSpec.create(row) for row in rows)
+
+        stacks = tuple(StackSpec(s["uid"], blocks(s["blocks"]), s["build_index"]) for s in data["stacks"])
+        return cls(**{**data, "stacks": stacks, "tail": blocks(data["tail"])})

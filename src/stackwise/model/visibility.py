@@ -1,0 +1,64 @@
+"""Who sees whom: causality, padding and documents, always combined.
+
+A query row that sees no key must give 0. Masks are boolean, True = visible, and are built once per forward pass and
+kind of attention.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Mask(NamedTuple):
+    """What attention needs. `is_causal`: plain causal, no tensor. `visible` [B or 1, 1, T, S]; `dead` [B, 1, T, 1]."""
+
+    is_causal: bool
+    visible: Tensor | None
+    dead: Tensor | None
+
+
+class Visibility:
+    """Masks of one forward pass.
+
+    attention_mask [B, S] (True or 1 = real token; S counts cached tokens too), document_ids [B, T]. `past` is the
+    number of cached tokens before the T new ones; documents and a cache are not combined.
+    """
+
+    def __init__(
+        self,
+        n_new: int,
+        past: int = 0,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.n_new, self.past, self.device = n_new, past, device
+        self.padding = None if attention_mask is None else attention_mask.bool()
+        self.documents = document_ids
+        self._made: dict[bool, Mask] = {}
+
+    def mask(self, causal: bool) -> Mask:
+        if causal not in self._made:
+            self._made[causal] = self._make(causal)
+        return self._made[causal]
+
+    def _make(self, causal: bool) -> Mask:
+        if self.padding is None and self.documents is None:
+            if not causal or self.n_new == 1:
+                return Mask(False, None, None)  # a single new token sees all that came before
+            if self.past == 0:
+                return Mask(True, None, None)
+        total = self.past + self.n_new
+        visible = torch.ones(1, 1, self.n_new, total, dtype=torch.bool, device=self.device)
+        if causal:
+            visible = visible.tril(diagonal=self.past)
+        if self.documents is not None:
+            visible = visible & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
+        dead = None
+        if self.padding is not None:
+            visible = visible & self.padding[:, None, None, :]
+            dead = ~visible.any(dim=-1, keepdim=True)
+        return Mask(False, visible, dead)
