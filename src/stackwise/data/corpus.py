@@ -1,0 +1,184 @@
+"""A prepared corpus: memory-mapped token shards, their tokenizer and a manifest."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stackwise.data.errors import DamagedDataError, DataError
+from stackwise.data.sources import file_sha256
+from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "stackwise-corpus"
+VERSION = 1
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSplit:
+    """The tokens of one split, in order, and where each document starts.
+
+    tokens [n_tokens] uint16 or uint32, doc_starts [n_documents] int64 and rising from 0, n_bytes of
+    UTF-8 text the tokens spell (separators not counted). A split that lies in a folder is
+    memory-mapped, and a worker process that receives it maps the same file.
+    """
+
+    name: str
+    tokens: npt.NDArray[np.unsignedinteger[Any]]
+    doc_starts: npt.NDArray[np.int64]
+    n_bytes: int
+    max_id: int
+    """The largest token id, -1 when there is none."""
+    folder: Path | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        tokens: npt.ArrayLike,
+        doc_starts: npt.ArrayLike = (0,),
+        n_bytes: int = 0,
+        name: str = "train",
+    ) -> "TokenSplit":
+        """A split held in memory."""
+        ids = np.asarray(tokens, np.uint32)
+        return cls(
+            name,
+            ids,
+            np.asarray(doc_starts, np.int64),
+            n_bytes,
+            int(ids.max()) if ids.size else -1,
+        )
+
+    @classmethod
+    def open(cls, folder: Path, name: str, counts: dict[str, Any], dtype: str) -> "TokenSplit":
+        """Map the files `NAME.bin` and `NAME.documents.bin`, whose sizes must be those of the manifest."""
+        return cls(
+            name,
+            _map(folder / f"{name}.bin", np.dtype(dtype), counts["tokens"]),
+            _map(folder / f"{name}.documents.bin", np.dtype("<i8"), counts["documents"]),
+            counts["bytes"],
+            counts["max_id"],
+            folder,
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.doc_starts)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError, with file and position, when a token id is not below `vocab_size`."""
+        if self.max_id < vocab_size:
+            return
+        at = int((self.tokens >= vocab_size).argmax())
+        raise DataError(
+            f"token {at} is id {int(self.tokens[at])}, outside a vocabulary of {vocab_size}",
+            where=str(self.folder / f"{self.name}.bin") if self.folder else f"the {self.name} split",
+            hint=f"set model.vocab_size to at least {self.max_id + 1} or null",
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is None:
+            return TokenSplit, (self.name, self.tokens, self.doc_starts, self.n_bytes, self.max_id)
+        counts = {
+            "tokens": self.n_tokens,
+            "documents": self.n_documents,
+            "bytes": self.n_bytes,
+            "max_id": self.max_id,
+        }
+        return TokenSplit.open, (self.folder, self.name, counts, self.tokens.dtype.str)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A folder written by `prepare`: `train` and `validation` tokens, the tokenizer that made them, the manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: TokenSplit
+    validation: TokenSplit
+    reused: bool = False
+    """True when the folder was there before."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical manifest, in hex: equal for equal text, tokenizer and settings."""
+        return sha256_of(self.manifest)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, reused: bool = False) -> "Corpus":
+        """Map a prepared corpus; sizes are checked, contents by `verify`.
+
+        Raises: FileNotFoundError; DamagedDataError naming the file that does not fit the manifest.
+        """
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes())
+            if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+                raise ValueError(f"format {manifest['format']} {manifest['version']}")
+            splits = [
+                TokenSplit.open(folder, name, manifest["splits"][name], manifest["dtype"]) for name in SPLITS
+            ]
+            tokenizer_hash = manifest["tokenizer"]["hash"]
+        except DamagedDataError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedDataError(
+                f"this is not the manifest of a prepared corpus ({type(error).__name__}: {error})",
+                where=str(path),
+                hint=_AGAIN.format(folder),
+            ) from error
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        if tokenizer.hash != tokenizer_hash:
+            raise DamagedDataError(
+                "this is not the tokenizer the corpus was made with",
+                where=str(folder / "tokenizer.json"),
+                hint=_AGAIN.format(folder),
+            )
+        return cls(folder, manifest, tokenizer, splits[0], splits[1], reused)
+
+    def verify(self) -> None:
+        """Read every shard and compare it with the manifest. Raises: DamagedDataError naming the file."""
+        for name in SPLITS:
+            for file, expected in self.manifest["splits"][name]["sha256"].items():
+                if file_sha256(self.folder / file) != expected:
+                    raise DamagedDataError(
+                        "the content differs from its SHA-256 in the manifest",
+                        where=str(self.folder / file),
+                        hint=_AGAIN.format(self.folder),
+                    )
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_AGAIN = "delete the folder {} and prepare the data again"
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    expected = count * dtype.itemsize
+    size = path.stat().st_size if path.exists() else None
+    if size != expected:
+        raise DamagedDataError(
+            "the file is missing"
+            if size is None
+            else f"the file has {size} bytes, its manifest says {expected}",
+            where=str(path),
+            hint=_AGAIN.format(path.parent),
+        )
+    if count == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    # The plain array over the mapping: indexing a np.memmap pays for its bookkeeping in every batch.
+    return np.asarray(np.memmap(path, dtype, mode="r"))

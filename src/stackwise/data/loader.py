@@ -1,0 +1,251 @@
+"""The order of samples, and the loaders that hand out batches of them.
+
+The training stream is one endless sequence of sample ids: every epoch a permutation that depends on
+(seed, epoch) alone, one epoch after the other. A position in that sequence is all there is to save.
+"""
+
+import math
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stackwise.data.corpus import TokenSplit
+from stackwise.data.errors import DataError
+from stackwise.data.packing import Batch, Rows, SampleIds, make_rows
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def permutation(n: int, seed: int, epoch: int) -> SampleIds:
+    """A permutation of range(n), the same on every machine and in every release of numpy.
+
+    The indices sorted by SplitMix64 (Steele, Lea and Flood 2014) keyed by seed and epoch.
+    """
+    key = _mix(_mix(np.array([seed & _MASK], np.uint64)) + np.uint64(epoch & _MASK))
+    scores = _mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + key)
+    return scores.argsort(kind="stable").astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class TokenLoader:
+    """Endless batches of training rows; `iter` continues where the last batch ended.
+
+    Each call hands out the next `batch_size · world_size` samples of the stream, of which rank r gets
+    the r-th part: the ranks are disjoint, together they see each sample once per epoch, and a batch may
+    run over the end of an epoch. Batches are as in `Rows.batch`; `num_workers` processes build them
+    ahead of time and change nothing else. Neither the global random state nor the order of threads
+    plays a part.
+
+    Raises: DataError when the split does not fill a row; ValueError for a bad size or rank.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        packing: bool = True,
+        doc_mask: bool = True,
+        pad_id: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_batch_size(batch_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, outside 0 to {world_size - 1}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}, but must be 0 or more")
+        self._rows = make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
+        # The order means nothing for other rows, so a saved position names the rows it was made for.
+        self._stream = {
+            "rows": self._rows.n_rows,
+            "seq_len": seq_len,
+            "packing": packing,
+            "seed": seed,
+            "shuffle": shuffle,
+        }
+        self._cursor = 0
+        self._orders: dict[int, SampleIds] = {}
+        self._ahead: Iterator[Batch] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Samples in the split."""
+        return self._rows.n_rows
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Samples of one epoch, over all ranks: every row once."""
+        return self._rows.n_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per rank that cover every row at least once."""
+        return math.ceil(self.rows / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.num_workers == 0:
+            batch = self._rows.batch(self.sample_ids(self._cursor))
+        else:
+            if self._ahead is None:
+                self._ahead = self._start_workers()
+            batch = next(self._ahead)
+        # Counted when handed out: what the workers hold ahead of time is built again after a resume.
+        self._cursor += self.batch_size * self.world_size
+        return batch
+
+    def sample_ids(self, cursor: int) -> SampleIds:
+        """Ids [batch_size] of this rank's samples in the batch that begins at position `cursor` of the stream."""
+        start = cursor + self.rank * self.batch_size
+        parts = []
+        while start < cursor + (self.rank + 1) * self.batch_size:
+            epoch, at = divmod(start, self.rows)
+            part = self._order(epoch)[at : at + cursor + (self.rank + 1) * self.batch_size - start]
+            parts.append(part)
+            start += len(part)
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def _order(self, epoch: int) -> SampleIds:
+        if epoch not in self._orders:
+            if len(self._orders) == 2:  # a batch rarely touches more than two epochs
+                self._orders.clear()
+            order = permutation(self.rows, self.seed, epoch) if self.shuffle else np.arange(self.rows)
+            self._orders[epoch] = order
+        return self._orders[epoch]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, JSON-able: where the next batch begins, for all ranks."""
+        return {"cursor": self._cursor, **self._stream}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position, with any batch size, number of workers or ranks.
+
+        Raises: DataError when the position belongs to other rows or another order.
+        """
+        unequal = [
+            f"{key} was {state.get(key)!r} and is {value!r}"
+            for key, value in self._stream.items()
+            if state.get(key) != value
+        ]
+        if unequal:
+            raise DataError(
+                f"the saved position belongs to another order of samples: {', '.join(unequal)}",
+                hint="restore these settings and the same text, or start a new run",
+            )
+        self.close()
+        self._cursor = int(state["cursor"])
+
+    def close(self) -> None:
+        """Stop the worker processes; the next batch starts them again."""
+        self._ahead = None
+
+    def _start_workers(self) -> Iterator[Batch]:
+        return iter(
+            DataLoader(
+                _RowDataset(self._rows),
+                sampler=_Upcoming(self, self._cursor),
+                batch_size=None,  # the sampler names whole batches
+                num_workers=self.num_workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_ignore_signals,
+                generator=torch.Generator(),  # else every start would draw from the global random state
+            )
+        )
+
+
+class EvalLoader:
+    """One finite pass over the rows of a split, in order; the last batch may be smaller.
+
+    With `batches` it covers `batches · batch_size` rows spread evenly over the split. Every pass gives
+    the same batches. Raises: DataError when the split does not fill a row; ValueError for a bad size.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        seq_len: int,
+        batch_size: int,
+        packing: bool = True,
+        doc_mask: bool = True,
+        pad_id: int | None = None,
+        batches: int | None = None,
+    ) -> None:
+        _check_batch_size(batch_size)
+        if batches is not None and batches < 1:
+            raise ValueError(f"batches is {batches}, but an evaluation needs at least 1")
+        self._rows = make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
+        self.batch_size = batch_size
+        rows = self._rows.n_rows
+        chosen = rows if batches is None else min(rows, batches * batch_size)
+        self._sample_ids = np.arange(chosen) * rows // chosen
+
+    @property
+    def rows(self) -> int:
+        """Samples in one pass."""
+        return len(self._sample_ids)
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.rows, self.batch_size):
+            yield self._rows.batch(self._sample_ids[start : start + self.batch_size].copy())
+
+
+class _RowDataset(Dataset[Batch]):
+    """Batches by the sample ids they hold, for torch's workers."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, sample_ids: SampleIds) -> Batch:
+        return self.rows.batch(sample_ids)
+
+
+class _Upcoming(Sampler[SampleIds]):
+    """The sample ids of every batch from a position of the stream on."""
+
+    def __init__(self, loader: TokenLoader, cursor: int) -> None:
+        self.loader, self.cursor = loader, cursor
+
+    def __iter__(self) -> Iterator[SampleIds]:
+        cursor = self.cursor
+        while True:
+            yield self.loader.sample_ids(cursor)
+            cursor += self.loader.batch_size * self.loader.world_size
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but a batch holds at least 1 row")
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. Only the training process answers:
+    # a worker killed by them would break its save. Workers end with the loader, or with their parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,145 @@
+"""Rows of a token stream: which tokens sample i holds, and the batch made of some samples.
+
+B rows, T positions. The sample id of a row is its number in the split: it never depends on order,
+batch size, workers or ranks.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stackwise.data.corpus import TokenSplit
+from stackwise.data.errors import DataError
+
+Batch = dict[str, Tensor]
+SampleIds = npt.NDArray[np.int64]
+
+NO_TARGET = -100
+"""Label of a position that has no target."""
+
+
+class Rows(Protocol):
+    """The samples of a split."""
+
+    n_rows: int
+
+    def batch(self, sample_ids: SampleIds) -> Batch:
+        """The batch of these rows, in this order.
+
+        input_ids int64 [B, T]; next_ids int64 [B], the token that follows each row and belongs to the
+        same document, else -100; sample_ids int64 [B]. Only where needed: attention_mask bool [B, T]
+        (False = padding), document_ids int32 [B, T] (rank of the document inside its row) and
+        position_ids int64 [B, T] (from 0 again at each document).
+        """
+
+
+class PackedRows:
+    """Row i is tokens [i·T, (i+1)·T) of the stream: full rows, documents one after the other.
+
+    The token after a row is its last target, so every token but the first is a target once; a tail that
+    does not fill a row is left out. With `doc_mask` rows that hold a document edge carry document and
+    position ids, and no target crosses an edge; without it the split is one endless document.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, *, doc_mask: bool = True) -> None:
+        self.split, self.seq_len, self.doc_mask = split, seq_len, doc_mask
+        self.n_rows = max(0, split.n_tokens - 1) // seq_len
+        if not self.n_rows:
+            raise _too_short(split, seq_len + 1)
+
+    def batch(self, sample_ids: SampleIds) -> Batch:
+        T, tokens = self.seq_len, self.split.tokens
+        ids = tokens[: self.n_rows * T].reshape(self.n_rows, T)[sample_ids]
+        next_ids = tokens[(sample_ids + 1) * T].astype(np.int64)
+        batch = {"input_ids": torch.from_numpy(ids.astype(np.int64))}
+        if self.doc_mask:
+            batch |= self._documents(sample_ids * T, next_ids)
+        batch["next_ids"] = torch.from_numpy(next_ids)
+        batch["sample_ids"] = torch.from_numpy(sample_ids)
+        return batch
+
+    def _documents(self, starts: SampleIds, next_ids: SampleIds) -> Batch:
+        """document_ids and position_ids of rows that begin at `starts` [B]; empties `next_ids` at edges."""
+        T, edges = self.seq_len, self.split.doc_starts
+        first = edges.searchsorted(starts, side="right")  # the first edge inside each row,
+        last = edges.searchsorted(starts + T)  # the first one at or after its end
+        follows = edges[np.minimum(last, len(edges) - 1)] == starts + T
+        next_ids[follows] = NO_TARGET
+        counts = last - first
+        total = int(counts.sum())
+        if not total:
+            return {}
+        # All edges of all rows at once: edge k of row b is edges[first[b] + k].
+        row = np.repeat(np.arange(len(starts)), counts)
+        within = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
+        column = edges[first[row] + within] - starts[row]
+        documents = np.zeros((len(starts), T), np.int32)
+        documents[row, column] = 1
+        origin = np.zeros((len(starts), T), np.int64)
+        origin[row, column] = column
+        return {
+            "document_ids": torch.from_numpy(documents.cumsum(axis=1, dtype=np.int32)),
+            "position_ids": torch.from_numpy(np.arange(T) - np.maximum.accumulate(origin, axis=1)),
+        }
+
+
+class PaddedRows:
+    """Every row holds up to T tokens of one document, from its start on, padded on the right.
+
+    A piece of a single token has no target inside its document and makes no row. Padding takes
+    `pad_id`, or id 0 where the vocabulary has no padding token: nothing sees it either way.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, *, pad_id: int | None = None) -> None:
+        self.split, self.seq_len, self.pad_id = split, seq_len, pad_id or 0
+        lengths = np.diff(split.doc_starts, append=split.n_tokens)
+        pieces = -(-(lengths - 1) // seq_len)
+        self.n_rows = int(pieces.sum())
+        if not self.n_rows:
+            raise _too_short(split, 2)
+        piece = np.arange(self.n_rows) - np.repeat(pieces.cumsum() - pieces, pieces)
+        self._start = np.repeat(split.doc_starts, pieces) + piece * seq_len
+        self._end = np.repeat(split.doc_starts + lengths, pieces)
+
+    def batch(self, sample_ids: SampleIds) -> Batch:
+        T, tokens = self.seq_len, self.split.tokens
+        start, end = self._start[sample_ids], self._end[sample_ids]
+        place = start[:, None] + np.arange(T)
+        real = place < end[:, None]
+        ids = tokens[np.minimum(place, len(tokens) - 1)].astype(np.int64)
+        ids[~real] = self.pad_id
+        follows = start + T
+        next_ids = tokens[np.minimum(follows, len(tokens) - 1)].astype(np.int64)
+        next_ids[follows >= end] = NO_TARGET
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "next_ids": torch.from_numpy(next_ids),
+            "sample_ids": torch.from_numpy(sample_ids),
+        }
+        if not real.all():
+            batch["attention_mask"] = torch.from_numpy(real)
+        return batch
+
+
+def make_rows(
+    split: TokenSplit, seq_len: int, *, packing: bool = True, doc_mask: bool = True, pad_id: int | None = None
+) -> Rows:
+    """The rows of a split, packed or padded. Raises: DataError when the split does not fill a row."""
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}, but a row holds at least 1 token")
+    if packing:
+        return PackedRows(split, seq_len, doc_mask=doc_mask)
+    return PaddedRows(split, seq_len, pad_id=pad_id)
+
+
+def _too_short(split: TokenSplit, needed: int) -> DataError:
+    where: Any = split.folder / f"{split.name}.bin" if split.folder else ""
+    key = "data.path" if split.name == "train" else "data.eval_fraction or data.eval_path"
+    return DataError(
+        f"the {split.name} split has {split.n_tokens} tokens and a row needs {needed} (context and next token)",
+        where=str(where),
+        hint=f"lower training.seq_len, or give more text through {key}",
+    )
