@@ -32,7 +32,7 @@ class Settings(BaseModel):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                raise ConfigError(problems_of(error, type(self), data)) from None
+                raise ConfigError(problems_of(error, type(self), data).values()) from None
 
         # pydantic would call an `__init__` of ours for nested sections too, and their errors would
         # lose their place; this mark, which its own `__init__` carries, keeps it from doing so.
@@ -49,7 +49,7 @@ class Settings(BaseModel):
             try:
                 super().__setattr__(name, value)
             except ValidationError as error:
-                raise ConfigError(problems_of(error, type(self), {name: value})) from None
+                raise ConfigError(problems_of(error, type(self), {name: value}).values()) from None
 
     def _unknown(self, name: str) -> AttributeError:
         hint = did_you_mean(name, type(self).model_fields)

@@ -111,8 +111,8 @@ def value_at(data: Any, path: Path) -> Any:
 
 
 def problems_of(
-    error: ValidationError, cls: type[BaseModel], data: Any = NO_VALUE, sources: Sources | None = None
-) -> list[Problem]:
+    error: ValidationError, cls: type[BaseModel], data: Any, sources: Sources | None = None
+) -> dict[Path, Problem]:
     """One problem per wrong key, however many reasons pydantic gives for it."""
     found: dict[Path, Problem] = {}
     for detail in error.errors(include_url=False):
@@ -133,11 +133,16 @@ def problems_of(
         else:
             message = "wrong value"
         hint = did_you_mean(value, names_of(field)) if isinstance(value, str) else ""
-        if not hint and _is_text(field) and isinstance(value, int | float):
+        if (
+            not hint
+            and isinstance(value, int | float)
+            and accepts(field) <= {"str", "list", "null"}
+            and "str" in accepts(field)
+        ):
             hint = "put it in quotes to make it text"
         allowed = allowed_text(field)
         found[path] = Problem(dotted(path), message, value, allowed, hint, file, line)
-    return list(found.values())
+    return found
 
 
 _OWN_MESSAGES = {"regex", "folder_name", "device", "unknown_name"}
@@ -169,8 +174,9 @@ def default_text(field: FieldInfo) -> str:
     return "" if isinstance(value, BaseModel) else show(value)
 
 
-def _is_text(field: FieldInfo) -> bool:
-    return any(option is str for option, _ in _options(field))
+def accepts(field: FieldInfo) -> set[str]:
+    """The kinds of value a field accepts: str, int, float, bool, list, map, null."""
+    return {_type_word(option) for option, _ in _options(field)}
 
 
 def _options(field: FieldInfo) -> list[tuple[Any, list[Any]]]:

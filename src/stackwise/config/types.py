@@ -46,7 +46,7 @@ PathText = Annotated[str, BeforeValidator(_path), MinLen(1)]
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, for `names` may be a list
 class OneOf:
-    """A text that must be in `names`, an open set: a room adds to it when a user registers a part."""
+    """A text that must be in `names`, an open set: it grows when a user registers a part."""
 
     names: Collection[str]
 

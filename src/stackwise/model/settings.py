@@ -96,7 +96,7 @@ class ModelSettings(Settings):
     bias: Flag = False
     """Give every linear of the blocks a bias."""
     freeze_up_proj: Flag = False
-    """Keep the up projections of the feed-forwards at their random start: never trained, never decayed."""
+    """Keep the up projections of gated feed-forwards at their random start: never trained, never decayed."""
     dropout: BelowOne = 0.0
     """Probability of zeroing attention weights and sub-layer outputs in training."""
     pos_encoding: Annotated[str, OneOf(POSITIONS)] | None = None
@@ -132,15 +132,18 @@ class ModelSettings(Settings):
 
     @property
     def ffn_width(self) -> int:
-        """`d_ff`, or 8/3 of `d_model` to the nearest multiple of 64 when gated, else 4 times `d_model`."""
-        if self.d_ff is not None:
-            return self.d_ff
-        return max(64, round(self.d_model * 8 / 3 / 64) * 64) if self.ffn_is_gated else 4 * self.d_model
+        """`d_ff`, or its default."""
+        return self.d_ff if self.d_ff is not None else default_d_ff(self.d_model, self.ffn_type)
 
     @property
     def attention(self) -> dict[str, Any]:
-        """The fields of `attention_fields`."""
+        """What preset, `attention_custom` and `attention_overrides` come to; see `attention_fields`."""
         return attention_fields(self)
+
+
+def default_d_ff(d_model: int, ffn_type: str) -> int:
+    """8/3 of the width to the nearest multiple of 64 for gated feed-forwards, which have three matrices, else 4 times it."""
+    return max(64, round(d_model * 8 / 3 / 64) * 64) if FFN_TYPES[ffn_type] else 4 * d_model
 
 
 def attention_fields(model: ModelSettings) -> dict[str, Any]:

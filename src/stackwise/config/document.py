@@ -1,0 +1,173 @@
+"""YAML as data that remembers its lines, and data as YAML.
+
+The text is read by the plain rules of YAML 1.2: `1e-4` is a number, `true` and `false` are the only
+flags, `2020-01-01` and `1:30` are text. Tags other than those of plain data are refused.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.shape import Path, Source, dotted, source_of
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 30
+MAX_NODES = 100_000
+
+
+@dataclass
+class Document:
+    """Nested data, where each key was written, and what was wrong with the text."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    sources: dict[Path, Source] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def merge(self, other: "Document") -> None:
+        """Lay another document over this one: maps merge key by key, everything else is replaced."""
+        self.problems += other.problems
+        self._merge(self.data, other.data, (), other.sources)
+
+    def _merge(
+        self, into: dict[str, Any], data: Mapping[str, Any], at: Path, sources: Mapping[Path, Source]
+    ) -> None:
+        for key, value in data.items():
+            path = (*at, key)
+            old = into.get(key)
+            if isinstance(old, dict) and isinstance(value, dict):
+                self._merge(old, value, path, sources)
+                continue
+            into[key] = value
+            self.sources = {p: s for p, s in self.sources.items() if p[: len(path)] != path}
+            self.sources[path] = source_of(path, sources)
+            self.sources |= {p: s for p, s in sources.items() if p[: len(path)] == path}
+
+
+def parse(text: str, file: str) -> Document:
+    """Read YAML text. Duplicate keys are collected as problems; text that is no YAML map raises ConfigError."""
+    document = Document()
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise ConfigError(Problem("", f"not YAML: {error.problem}", file=file, line=line)) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).replace("\n", " ")
+        raise ConfigError(Problem("", f"not YAML: {reason}", file=file)) from None
+    if root is None or root.tag.endswith(":null"):
+        return document
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            Problem("", "must be a map of sections", allowed="section: {key: value}", file=file, line=1)
+        )
+    document.data = _Builder(document, file).build(root, ())
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """The value that one piece of YAML stands for, as in `key=value`."""
+    document = parse(f"value: {text}", "command line")
+    if document.problems:
+        raise ConfigError(document.problems)
+    return document.data["value"]
+
+
+def dump(data: Any) -> str:
+    """YAML that `parse` reads back as equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    # The same rules as the loader's, so that a text that would be read as a number is quoted.
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _number(text: str) -> int:
+    text = text.replace("_", "").lower()
+    return int(text, 16 if "0x" in text else 10)
+
+
+def _real(text: str) -> float:
+    return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F_]+", _number),
+    "float": (
+        r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        lambda text: _real(text),
+    ),
+}
+"""Kind of plain scalar -> its spelling and its value. The first that matches counts."""
+
+_PREFIX = "tag:yaml.org,2002:"
+for _kind, (_spelling, _) in _PLAIN.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_PREFIX + _kind, re.compile(f"^(?:{_spelling})$"), None)
+
+
+class _Builder:
+    """Turns composed nodes into data, noting the line of every key."""
+
+    def __init__(self, document: Document, file: str) -> None:
+        self.document = document
+        self.file = file
+        self.nodes = 0
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        self.nodes += 1
+        if len(path) > MAX_DEPTH or self.nodes > MAX_NODES:
+            # Aliases can make a short text describe endless data.
+            raise ConfigError(self._problem(node, path, "nested too deeply or too large"))
+        if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_PREFIX):
+            kind = node.tag.removeprefix(_PREFIX)
+            if kind == "str":
+                return node.value
+            if kind in _PLAIN:
+                try:
+                    return _PLAIN[kind][1](node.value)
+                except ValueError as error:
+                    self.document.problems.append(self._problem(node, path, str(error)))
+                    return None
+        self.document.problems.append(self._problem(node, path, f"the tag {node.tag} is not supported"))
+        return None
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.document.problems.append(self._problem(key_node, path, "a key must be plain text"))
+                continue
+            key = key_node.value
+            if key in lines:
+                message = f"written twice, in lines {lines[key]} and {line}"
+                self.document.problems.append(
+                    Problem(dotted((*path, key)), message, file=self.file, line=line)
+                )
+                continue
+            lines[key] = line
+            self.document.sources[*path, key] = Source(self.file, line)
+            data[key] = self.build(value_node, (*path, key))
+        return data
+
+    def _problem(self, node: yaml.Node, path: Path, message: str) -> Problem:
+        return Problem(dotted(path), message, file=self.file, line=node.start_mark.line + 1)

@@ -1,0 +1,86 @@
+"""Fill in what a configuration leaves open, each value with the reason for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from stackwise.config.errors import ConfigError, Problem, show
+from stackwise.config.notes import grows, trains_the_trunk, tunes_jointly
+from stackwise.config.rules import stacks_at_the_end
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that nobody gave."""
+
+    key: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {show(self.value)} ({self.reason})"
+
+
+def resolve(
+    config: StackWiseConfig, *, vocab_size: int | None = None
+) -> tuple[StackWiseConfig, list[Derived]]:
+    """A copy in which null and auto give way to values, and the list of what was filled in.
+
+    `vocab_size` is the tokenizer's; without it a null `model.vocab_size` stays null. What depends on
+    the machine (`training.device`, `.dtype`, `.loss_chunk_tokens`) and budgets in epochs stay open too.
+    Resolving twice changes nothing. Raises ConfigError where the vocabulary is too small for the tokenizer.
+    """
+    config = config.model_copy(deep=True)
+    derived: list[Derived] = []
+
+    def fill(key: str, value: Any, reason: str, when: bool = True) -> None:
+        *sections, name = key.split(".")
+        section: Any = config
+        for part in sections:
+            section = getattr(section, part)
+        if when and getattr(section, name) in (None, "auto"):
+            setattr(section, name, value)
+            derived.append(Derived(key, value, reason))
+
+    model, training = config.model, config.training
+    progressive, optimizer = training.progressive, training.optimizer
+
+    fill("model.n_kv_heads", model.attention["n_kv_heads"], f"the choice of {model.attention_preset}")
+    rule = "8/3 of d_model, rounded to a multiple of 64" if model.ffn_is_gated else "4 times d_model"
+    fill("model.d_ff", model.ffn_width, f"{rule}, for {model.ffn_type}")
+    fill("model.pos_encoding", model.positions, f"use_rope is {show(model.use_rope)}")
+    reason = (
+        "so that the head can train at every stage"
+        if progressive.enabled
+        else "one end-to-end stage trains both"
+    )
+    fill("model.tie_embeddings", not progressive.enabled, reason)
+    if vocab_size is not None:
+        fill("model.vocab_size", vocab_size, f"size of the tokenizer {config.data.tokenizer!r}")
+        if model.vocab_size is not None and model.vocab_size < vocab_size:
+            message = f"smaller than the {vocab_size} tokens of the tokenizer {config.data.tokenizer!r}"
+            hint = "leave it null to take the tokenizer's"
+            raise ConfigError(
+                Problem("model.vocab_size", message, model.vocab_size, f">= {vocab_size}", hint)
+            )
+
+    on = progressive.enabled
+    fill("training.progressive.target_stacks", stacks_at_the_end(config), "model.architecture.n_stacks", on)
+    reason = (
+        "stacks that grew one by one are trained together at the end" if grows(config) else "only one stack"
+    )
+    fill("training.progressive.joint_tuning", tunes_jointly(config), reason, on)
+    fill("training.progressive.train_head", "always", f"under {progressive.building_mode}", on)
+    fill("training.progressive.train_embedding", "first", f"under {progressive.building_mode}", on)
+    rate = f"training.optimizer.lr is {optimizer.lr}"
+    fill("training.optimizer.adam_lr", optimizer.lr, rate, optimizer.optimizer_type == "Muon")
+    fill("training.new_stack_lr", optimizer.lr, rate, grows(config))
+    fill("training.trunk_lr", optimizer.lr, rate, trains_the_trunk(config))
+    fill("evaluation.batch_size", training.batch_size, "training.batch_size")
+    fill("data.cache_dir", str(PurePath(config.checkpoint.dir) / ".data"), "inside checkpoint.dir")
+    return config, derived

@@ -1,0 +1,282 @@
+"""What must hold between keys, and which keys have no effect beside others.
+
+A rule is a small function of the whole configuration that returns what is wrong, or None. It names
+the keys it reads, so that it can be left out where one of them has the wrong shape already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from stackwise.config.errors import Problem
+from stackwise.config.shape import Path, Sources, source_of
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+
+class Rule(NamedTuple):
+    """A check and the keys it reads; the first key that somebody wrote gives the place of the problem."""
+
+    keys: tuple[Path, ...]
+    check: Callable[[StackWiseConfig], Problem | None]
+
+
+RULES: list[Rule] = []
+
+
+def rule(
+    *keys: str,
+) -> Callable[[Callable[[StackWiseConfig], Problem | None]], Callable[..., Problem | None]]:
+    """Add the function to RULES."""
+
+    def add(check: Callable[[StackWiseConfig], Problem | None]) -> Callable[..., Problem | None]:
+        RULES.append(Rule(tuple(tuple(key.split(".")) for key in keys), check))
+        return check
+
+    return add
+
+
+def broken_rules(config: StackWiseConfig, sources: Sources, wrong: Collection[Path] = ()) -> list[Problem]:
+    """What every rule finds, leaving out the rules that read a key in `wrong`."""
+    problems = []
+    for keys, check in RULES:
+        if any(key[: len(path)] == path for path in wrong for key in keys):
+            continue
+        if problem := check(config):
+            written = [key for key in keys if key in sources]
+            file, line = source_of(written[0], sources) if written else ("", None)
+            problems.append(replace(problem, file=file, line=line))
+    return problems
+
+
+def stacks_at_the_end(config: StackWiseConfig) -> int:
+    """Stacks the run ends with."""
+    progressive = config.training.progressive
+    if progressive.enabled and progressive.target_stacks is not None:
+        return progressive.target_stacks
+    return config.model.architecture.n_stacks
+
+
+def uses_rope(config: StackWiseConfig) -> bool:
+    return config.model.positions == "rope"
+
+
+@rule("model.n_heads", "model.d_model")
+def heads_divide_the_width(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    if model.d_model % model.n_heads == 0:
+        return None
+    return Problem(
+        "model.n_heads", f"must divide model.d_model {model.d_model}", model.n_heads, _divisors(model.d_model)
+    )
+
+
+@rule("model.d_model", "model.n_heads", "model.pos_encoding", "model.use_rope")
+def head_width_is_even_under_rope(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    width, rest = divmod(model.d_model, model.n_heads)
+    if not uses_rope(config) or rest or width % 2 == 0:
+        return None
+    return Problem(
+        "model.d_model",
+        f"rope rotates pairs and needs an even head width, not d_model / n_heads = {width}",
+        model.d_model,
+        hint="change d_model or n_heads, or set model.pos_encoding to learned, sinusoidal or none",
+    )
+
+
+@rule("model.n_kv_heads", "model.n_heads")
+def kv_heads_divide_the_heads(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    if model.n_kv_heads is None or model.n_heads % model.n_kv_heads == 0:
+        return None
+    return Problem(
+        "model.n_kv_heads",
+        f"must divide model.n_heads {model.n_heads}",
+        model.n_kv_heads,
+        _divisors(model.n_heads),
+    )
+
+
+@rule("model.freeze_up_proj", "model.ffn_type")
+def frozen_up_projection_has_a_gate(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    if not model.freeze_up_proj or model.ffn_is_gated:
+        return None
+    return Problem(
+        "model.freeze_up_proj",
+        f"needs a feed-forward whose gate goes on learning, not {model.ffn_type}",
+        model.freeze_up_proj,
+        hint="set model.ffn_type to swiglu or geglu",
+    )
+
+
+@rule("model.attention_custom", "model.attention_preset")
+def custom_attention_has_fields(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    if model.attention_preset != "custom":
+        return None
+    custom = model.attention_custom
+    if custom is not None and custom.model_dump(exclude_none=True):
+        return None
+    return Problem(
+        "model.attention_custom",
+        "the preset custom takes the attention's fields from here",
+        {} if custom is not None else None,
+        "map of attention_type, attention_mode, qk_norm",
+        "or choose another model.attention_preset",
+    )
+
+
+@rule("model.pos_encoding", "model.use_rope")
+def positions_agree(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    if model.pos_encoding is None or (model.pos_encoding == "rope") == model.use_rope:
+        return None
+    meant = "false" if model.use_rope else "true"
+    return Problem(
+        "model.pos_encoding",
+        f"disagrees with model.use_rope {str(model.use_rope).lower()}",
+        model.pos_encoding,
+        hint=f"remove model.use_rope or set it to {meant}",
+    )
+
+
+@rule("training.seq_len", "model.max_seq_len")
+def rows_fit_the_positions(config: StackWiseConfig) -> Problem | None:
+    longest = config.model.max_seq_len
+    if config.training.seq_len <= longest:
+        return None
+    return Problem(
+        "training.seq_len",
+        f"exceeds model.max_seq_len {longest}",
+        config.training.seq_len,
+        f"whole number from 1 to {longest}",
+        "or raise model.max_seq_len",
+    )
+
+
+@rule(
+    "training.progressive.target_stacks",
+    "training.progressive.max_stacks",
+    "model.architecture.n_stacks",
+    "training.progressive.enabled",
+)
+def stacks_fit_the_limit(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    stacks = stacks_at_the_end(config)
+    if not progressive.enabled or stacks <= progressive.max_stacks:
+        return None
+    own = progressive.target_stacks is not None
+    return Problem(
+        "training.progressive.target_stacks" if own else "model.architecture.n_stacks",
+        f"exceeds training.progressive.max_stacks {progressive.max_stacks}",
+        stacks,
+        f"whole number from 1 to {progressive.max_stacks}",
+        "or raise training.progressive.max_stacks",
+    )
+
+
+@rule(
+    "training.progressive.stage_weights",
+    "training.progressive.target_stacks",
+    "model.architecture.n_stacks",
+    "training.progressive.enabled",
+)
+def every_stack_has_a_weight(config: StackWiseConfig) -> Problem | None:
+    weights = config.training.progressive.stage_weights
+    stacks = stacks_at_the_end(config)
+    if weights is None or not config.training.progressive.enabled or len(weights) == stacks:
+        return None
+    return Problem(
+        "training.progressive.stage_weights",
+        f"needs one number per stack, {stacks} in all",
+        weights,
+        f"list of {stacks} of: number > 0",
+    )
+
+
+@rule(
+    "model.attention_preset",
+    "model.attention_overrides.attention_mode",
+    "model.attention_custom.attention_mode",
+    "training.progressive.training_objective",
+)
+def clm_needs_causal_attention(config: StackWiseConfig) -> Problem | None:
+    objective = config.training.progressive.training_objective
+    if objective != "clm" or config.model.attention["attention_mode"] == "causal":
+        return None
+    return Problem(
+        "model.attention_preset",
+        "the objective clm needs causal attention, or every position would see its own target",
+        config.model.attention_preset,
+        hint="choose gpt_style, or set model.attention_overrides.attention_mode to causal",
+    )
+
+
+@rule("training.progressive.new_stack_init", "model.norm_placement", "training.progressive.enabled")
+def zero_start_needs_pre_norm(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    if (
+        not progressive.enabled
+        or progressive.new_stack_init != "zero"
+        or config.model.norm_placement == "pre"
+    ):
+        return None
+    return Problem(
+        "training.progressive.new_stack_init",
+        "zero leaves the logits unchanged only with model.norm_placement pre",
+        progressive.new_stack_init,
+        "copy, random",
+        "or set model.norm_placement to pre",
+    )
+
+
+@rule("training.optimizer.custom_params")
+def custom_params_repeat_no_key(config: StackWiseConfig) -> Problem | None:
+    own = ("lr", "weight_decay", "betas", "eps", "momentum")
+    given = config.training.optimizer.custom_params
+    if repeated := [name for name in own if name in given]:
+        return Problem(
+            "training.optimizer.custom_params",
+            f"holds {', '.join(repeated)}",
+            given,
+            hint=f"set {', '.join(f'training.optimizer.{name}' for name in repeated)} instead",
+        )
+    if "params" in given:
+        return Problem(
+            "training.optimizer.custom_params", "params is filled in by the trainer", given, hint="remove it"
+        )
+    return None
+
+
+@rule("training.optimizer.groups")
+def groups_change_something(config: StackWiseConfig) -> Problem | None:
+    for index, group in enumerate(config.training.optimizer.groups):
+        if group.lr is None and group.weight_decay is None:
+            key = f"training.optimizer.groups.{index}"
+            return Problem(key, "changes nothing", {"match": group.match}, hint="give it lr or weight_decay")
+    return None
+
+
+@rule("data.path", "data.source")
+def source_and_path_fit(config: StackWiseConfig) -> Problem | None:
+    data = config.data
+    if data.source == "stdlib":
+        if data.path is None:
+            return None
+        hint = "set data.source to text, jsonl, parquet or hf, or remove the path"
+        return Problem("data.path", "the source stdlib reads no path", data.path, hint=hint)
+    if data.path is None:
+        what = "the name of a data set" if data.source == "hf" else "files or globs"
+        return Problem("data.path", f"the source {data.source} needs a path", None, what, "set data.path=...")
+    return None
+
+
+def _divisors(number: int) -> str:
+    """The divisors up to 256; more heads than that are nobody's wish."""
+    found = [d for d in range(1, min(number, 256) + 1) if number % d == 0]
+    return ", ".join(map(str, found))
