@@ -1,7 +1,12 @@
 """The order of samples depends on the seed alone, and a saved position continues with the very next batch."""
 
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -147,6 +152,34 @@ def test_loading_leaves_the_global_random_state_alone():
         take(stream, 2)
         stream.close()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_signals_to_the_process_group_leave_the_workers_at_work():
+    stream = loader(num_workers=2)
+    batches = take(stream, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    assert_equal(batches + take(stream, 19), take(loader(), 20))
+    stream.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_program_that_forgets_its_workers_ends_all_the_same():
+    code = (
+        "import numpy as np\n"
+        "from stackwise.data.corpus import TokenSplit\n"
+        "from stackwise.data.loader import TokenLoader\n"
+        "split = TokenSplit.from_arrays(np.arange(100))\n"
+        "stream = TokenLoader(split, seq_len=4, batch_size=2, seed=0, num_workers=2)\n"
+        "next(stream)\n"
+        "raise RuntimeError('some mistake')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: some mistake\n")
 
 
 def test_iterating_again_continues():

@@ -7,8 +7,9 @@ import types
 import pytest
 
 from stackwise.data.errors import DamagedDataError, DataError
+from stackwise.data.files import find_files
 from stackwise.data.settings import DataSettings
-from stackwise.data.sources import find_files, open_eval_source, open_source
+from stackwise.data.sources import open_eval_source, open_source
 
 
 def texts(settings):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stackwise.data.errors import DamagedDataError, DataError
-from stackwise.data.sources import file_sha256
+from stackwise.data.files import file_sha256
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = "stackwise-corpus"

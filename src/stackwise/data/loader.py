@@ -4,8 +4,10 @@ The training stream is one endless sequence of sample ids: every epoch a permuta
 (seed, epoch) alone, one epoch after the other. A position in that sequence is all there is to save.
 """
 
+import atexit
 import math
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +161,9 @@ class TokenLoader:
         self._ahead = None
 
     def _start_workers(self) -> Iterator[Batch]:
+        # The interpreter's own way to end workers at exit is SIGTERM, which they ignore.
+        method = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method() or _nothing)())
         return iter(
             DataLoader(
                 _RowDataset(self._rows),
@@ -244,8 +249,12 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
+def _nothing() -> None:
+    pass
+
+
 def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. Only the training process answers:
-    # a worker killed by them would break its save. Workers end with the loader, or with their parent.
+    # a worker killed by them would break its save. Workers end with `close`, or when their parent is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
