@@ -1,0 +1,370 @@
+"""The content-addressed checkpoint store.
+
+    objects/ab/<sha256>              safetensors, named by the hash of their bytes, never changed
+    commits/<step>-<hash16>.json     manifests; a commit exists when its manifest does
+    refs/latest                      the newest commit's id, for people and scripts; never trusted here
+    tmp/                             files being written; emptied by the next writer
+    quarantine/                      where a person may put damaged manifests
+    LOCK                             who is writing
+
+A commit writes each new object (temporary file, fsync, rename), makes the names durable (fsync of the
+folders), and only then writes the manifest in the same way. A crash anywhere leaves the old commits or
+also the new one, whole; what it leaves besides is unreferenced and swept by `prune`. Parts that did
+not change hash to an object that is already there and cost no write. Every manifest lists every
+object, so any commit can be read or deleted alone.
+
+Nothing here pickles, and no tensor leaves the store before its file's hash was checked.
+"""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from stackwise.checkpoint import files
+from stackwise.checkpoint.errors import CheckpointError
+from stackwise.checkpoint.lock import WriterLock
+from stackwise.checkpoint.manifest import (
+    FILE_NAME,
+    MAX_BYTES,
+    MAX_STEP,
+    Commit,
+    Part,
+    check_meta,
+    parse,
+    serialize,
+)
+from stackwise.checkpoint.objects import Objects
+from stackwise.checkpoint.tensors import check_name, check_tensors, decode, encode
+from stackwise.config.errors import did_you_mean
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune removed."""
+
+    commits: tuple[str, ...]
+    """Ids of the commits."""
+    objects: int
+    bytes: int
+    """Size of the objects together."""
+
+
+class Store:
+    """Commits of one run under the folder `root`. Opening a store neither creates nor locks anything.
+
+    Reading needs no lock. `commit` and `prune` take the writer's lock for the call unless `lock()` holds
+    it already; a training run holds it from start to end. Not for use by several threads at once.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._commits = self.root / "commits"
+        self._refs = self.root / "refs"
+        self._tmp = self.root / "tmp"
+        self._quarantine = self.root / "quarantine"
+        self._lock = WriterLock(self.root / "LOCK")
+        self._objects = Objects(self.root / "objects", self._tmp)
+
+    # Reading
+
+    def commits(self) -> list[Commit]:
+        """All readable commits, oldest first. Damaged manifests are left out; `latest` reports them."""
+        return self._scan()[0]
+
+    def latest(self) -> Commit | None:
+        """The newest commit, or None in an empty store.
+
+        Raises CheckpointError, never returning an older one instead, when the newest manifest is damaged
+        or one of its objects is missing or has the wrong size.
+        """
+        commits, damaged = self._scan()
+        newest = commits[-1] if commits else None
+        # The number inside a damaged manifest cannot be read; its step, in the name, can.
+        blocking = [path for path in damaged if newest is None or _step_of(path) >= newest.step]
+        if blocking:
+            path = blocking[-1]
+            raise CheckpointError(
+                f"the manifest {path} is damaged: {damaged[path]}. {self._way_out(commits, blocking)}",
+                path=path,
+            )
+        if newest is not None:
+            try:
+                for part in newest.parts.values():
+                    self._checked(newest, part, self._objects.check_size)
+            except CheckpointError:
+                if files.size_of(newest.path) is None:
+                    return self.latest()  # a writer made a newer commit and pruned this one meanwhile
+                raise
+        return newest
+
+    def load(self, commit: Commit, part: str) -> dict[str, Tensor]:
+        """The tensors of one part, on the CPU, free to be changed.
+
+        The file's hash is checked before any tensor is made. Raises CheckpointError.
+        """
+        entry = commit.parts.get(part)
+        if entry is None:
+            hint = did_you_mean(part, commit.parts) or f"it has {', '.join(sorted(commit.parts))}"
+            raise CheckpointError(
+                f"commit {commit.id} has no part {part!r}; {hint}", path=commit.path, part=part
+            )
+        return self._checked(commit, entry, lambda entry: decode(self._objects.read(entry)))
+
+    def meta(self, commit: Commit) -> dict[str, Any]:
+        """The run state that was given to `commit`, as JSON keeps it. Raises CheckpointError."""
+        return self._read_manifest(commit.path)[1]
+
+    def verify(self, commit: Commit) -> None:
+        """Read every object of a commit and check its hash. Raises CheckpointError for the first damaged one."""
+        for part in commit.parts.values():
+            self._checked(commit, part, self._objects.read)
+
+    # Writing
+
+    def lock(self) -> WriterLock:
+        """Become the only writer until the lock is released (it is a context manager).
+
+        Creates the store's folders and removes what an interrupted writer left in tmp/. Raises LockError at
+        once when another process is writing.
+        """
+        files.make_dir(self.root)
+        self._lock.acquire()
+        try:
+            for folder in (self.root / "objects", self._commits, self._refs, self._tmp, self._quarantine):
+                files.make_dir(folder)
+            # Always, in case the writer that created these folders died before it could.
+            files.sync_dir(self.root)
+            files.sync_dir(self.root.parent)
+            for name in files.names(self._tmp):
+                files.remove(self._tmp / name)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self._lock
+
+    def commit(
+        self,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        meta: dict[str, Any],
+        *,
+        step: int,
+        pin: str | None = None,
+        parent: Commit | None = None,
+    ) -> Commit:
+        """Store one whole state and return once it is durable.
+
+        `parts` maps names such as `stack:s0/weights` to named tensors; a tensor that two parts share (tied
+        weights) is given once. `meta` is JSON: texts, finite numbers, booleans, null, lists, and
+        dicts with text keys. `pin` keeps the commit from being pruned until a newer one has the same pin.
+        `parent` is the commit this state continues, by default the newest.
+
+        Raises ValueError for arguments that cannot be stored, LockError, SpaceError, and CheckpointError
+        when writing fails. After an error the store holds the commits it held before, and the new one only
+        if everything but the last sync was done (a power loss may then still take it).
+        """
+        self._check_arguments(parts, meta, step, pin)
+        with self._writing():
+            existing = self.commits()
+            if parent is None and existing:
+                parent = existing[-1]
+            path: Path | None = None
+            fresh: list[Path] = []
+            try:
+                entries, repaired, written = {}, [], 0
+                for name in sorted(parts):
+                    encoded = encode(parts[name])
+                    state = self._objects.put(encoded, fresh)
+                    written += encoded.size if state != "shared" else 0
+                    repaired += [name] if state == "repaired" else []
+                    entries[name] = Part(name, encoded.sha256, encoded.size, encoded.tensors)
+                self._objects.sync({entry.sha256 for entry in entries.values()})
+                files.crashpoint("objects.durable")
+                identity, text = serialize(
+                    number=existing[-1].number + 1 if existing else 1,
+                    step=step,
+                    parent=parent.sha256 if parent else None,
+                    pin=pin,
+                    bytes_written=written,
+                    meta=meta,
+                    parts=entries,
+                )
+                path = self._commits / f"{identity}.json"
+                files.write_atomic(path, [text], tmp_dir=self._tmp, kind="manifest")
+            except BaseException:
+                # Give the disk back what this commit took, unless its manifest already stands.
+                with contextlib.suppress(CheckpointError):
+                    if path is None or files.size_of(path) is None:
+                        self._objects.discard(fresh)
+                raise
+            files.sync_dir(self._commits)
+            files.crashpoint("manifest.durable")
+            files.write_atomic(
+                self._refs / "latest", [f"{identity}\n".encode()], tmp_dir=self._tmp, kind="latest"
+            )
+            commit, _ = self._read_manifest(path)
+            return dataclasses.replace(commit, repaired=tuple(repaired))
+
+    def prune(self, keep_last: int) -> Pruned:
+        """Delete all commits but the newest `keep_last` (at least 1) and the newest of each pin, and every
+        object that no commit lists.
+
+        Raises CheckpointError, deleting nothing, when a manifest is damaged (what it lists is unknown) or
+        the newest commit is not intact (an older one may be needed).
+        """
+        if keep_last < 1:
+            raise ValueError(f"keep_last: got {keep_last}, allowed: 1 or more")
+        with self._writing():
+            commits, damaged = self._scan()
+            if damaged:
+                path = next(iter(damaged))
+                raise CheckpointError(
+                    f"nothing was pruned: the manifest {path} is damaged ({damaged[path]}), so what it needs is "
+                    f"unknown. {self._way_out(commits, list(damaged))}",
+                    path=path,
+                )
+            if commits:
+                for part in commits[-1].parts.values():
+                    self._checked(commits[-1], part, self._objects.verify_once)
+            pinned = {commit.pin: commit.id for commit in commits if commit.pin is not None}
+            keep = {commit.id for commit in commits[-keep_last:]} | set(pinned.values())
+            doomed = [commit for commit in commits if commit.id not in keep]
+            # Manifests first, durably: at no time does a manifest list an object that may be gone.
+            for commit in doomed:
+                files.remove(commit.path)
+                files.crashpoint("prune.manifest")
+            files.sync_dir(self._commits)
+            files.crashpoint("prune.manifests-durable")
+            listed = {
+                part.sha256 for commit in commits if commit.id in keep for part in commit.parts.values()
+            }
+            count, size = self._objects.sweep(listed)
+            return Pruned(tuple(commit.id for commit in doomed), count, size)
+
+    # How
+
+    def _check_arguments(
+        self, parts: Mapping[str, Mapping[str, Tensor]], meta: dict[str, Any], step: int, pin: str | None
+    ) -> None:
+        if not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+            raise ValueError(f"step: got {step!r}, allowed: 0 to {MAX_STEP}")
+        if pin is not None:
+            check_name(pin, "pin")
+        check_meta(meta)
+        seen: dict[tuple[str, int], str] = {}
+        for part, tensors in parts.items():
+            check_name(part, "part")
+            with _about(part):
+                check_tensors(tensors)
+            for name, tensor in tensors.items():
+                place = (str(tensor.device), tensor.data_ptr())
+                if tensor.numel() and seen.setdefault(place, f"{part}: {name}") != f"{part}: {name}":
+                    raise ValueError(
+                        f"{seen[place]} and {part}: {name} are the same memory; give tied tensors once"
+                    )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._lock.held:
+            yield
+        else:
+            with self.lock():
+                yield
+
+    def _scan(self) -> tuple[list[Commit], dict[Path, str]]:
+        """Readable commits, oldest first, and what is wrong with each damaged manifest."""
+        commits, damaged = [], {}
+        for name in files.names(self._commits):
+            if FILE_NAME.fullmatch(name):
+                path = self._commits / name
+                try:
+                    commits.append(self._parse(path)[0])
+                except (ValueError, CheckpointError) as error:
+                    if files.size_of(path) is None:
+                        continue  # pruned since it was listed
+                    if isinstance(error, CheckpointError):
+                        raise
+                    damaged[path] = str(error)
+        return sorted(commits, key=lambda commit: (commit.number, commit.id)), damaged
+
+    def _parse(self, path: Path) -> tuple[Commit, dict[str, Any]]:
+        size = files.size_of(path)
+        if size is None or size > MAX_BYTES:
+            raise ValueError(
+                "it is no file" if size is None else f"it has {size:,} bytes, {MAX_BYTES:,} at most"
+            )
+        return parse(path, files.read(path, size), files.modified(path))
+
+    def _read_manifest(self, path: Path) -> tuple[Commit, dict[str, Any]]:
+        try:
+            return self._parse(path)
+        except ValueError as error:
+            commits, damaged = self._scan()
+            raise CheckpointError(
+                f"the manifest {path} is damaged: {error}. {self._way_out(commits, list(damaged) or [path])}",
+                path=path,
+            ) from error
+
+    def _checked(self, commit: Commit, part: Part, check: Callable[[Part], _T]) -> _T:
+        """`check(part)`, whose ValueError says what is wrong with the object, as a CheckpointError."""
+        try:
+            return check(part)
+        except ValueError as error:
+            raise self._damage(commit, part, str(error)) from error
+
+    def _damage(self, commit: Commit, part: Part, what: str) -> CheckpointError:
+        path = self._objects.path(part.sha256)
+        if files.size_of(commit.path) is None:
+            return CheckpointError(
+                f"commit {commit.id} was pruned; run the same command again to read a newer one",
+                path=path,
+                part=part.name,
+            )
+        commits, _ = self._scan()
+        hurt = [
+            other.path for other in commits if part.sha256 in {entry.sha256 for entry in other.parts.values()}
+        ]
+        return CheckpointError(
+            f"part {part.name!r} of commit {commit.id} is damaged: {path} {what}. {self._way_out(commits, hurt)}",
+            path=path,
+            part=part.name,
+        )
+
+    def _way_out(self, commits: list[Commit], hurt: list[Path]) -> str:
+        """Which commit is not hurt, and the commands that continue from it."""
+        intact = [commit for commit in commits if commit.path not in hurt and self._has_objects(commit)]
+        if not intact:
+            return "No other commit is intact: restore the file from a copy, or train anew with checkpoint.overwrite=true."
+        move = shlex.join(["mv", *map(str, hurt), f"{self._quarantine}/"])
+        return (
+            f"Hurt by it: {', '.join(path.stem for path in hurt)}. Not hurt: {intact[-1].id} (step {intact[-1].step}). "
+            f"Restore the file from a copy, or go on from there by setting the hurt commits aside and running the "
+            f"same command again:\n  {move}"
+        )
+
+    def _has_objects(self, commit: Commit) -> bool:
+        try:
+            for part in commit.parts.values():
+                self._objects.check_size(part)
+        except ValueError:
+            return False
+        return True
+
+
+def _step_of(manifest: Path) -> int:
+    return int(manifest.name.partition("-")[0])
+
+
+@contextlib.contextmanager
+def _about(part: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"part {part!r}: {error}") from error
