@@ -18,6 +18,8 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 30
 MAX_NODES = 100_000
 
+_PREFIX = "tag:yaml.org,2002:"
+
 
 @dataclass
 class Document:
@@ -93,6 +95,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # These count as line ends or vanish unless they are escaped, which only double quotes allow.
+    style = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(_PREFIX + "str", text, style=style)
+
+
 def _number(text: str) -> int:
     text = text.replace("_", "").lower()
     return int(text, 16 if "0x" in text else 10)
@@ -113,10 +121,10 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 """Kind of plain scalar -> its spelling and its value. The first that matches counts."""
 
-_PREFIX = "tag:yaml.org,2002:"
 for _kind, (_spelling, _) in _PLAIN.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_PREFIX + _kind, re.compile(f"^(?:{_spelling})$"), None)
+_Dumper.add_representer(str, _represent_text)
 
 
 class _Builder:

@@ -3,9 +3,17 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final
 
-NO_VALUE: Final[Any] = type("NoValue", (), {"__repr__": lambda self: "NO_VALUE"})()
+
+class NoValue(Enum):
+    """The type of NO_VALUE."""
+
+    NO_VALUE = "no value"
+
+
+NO_VALUE: Final = NoValue.NO_VALUE
 """Stands for "no value was given", where None would mean an explicit null."""
 
 

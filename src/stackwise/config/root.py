@@ -1,6 +1,5 @@
 """`StackWiseConfig`: the settings of every room in one tree, read from YAML and written back."""
 
-import copy
 import os
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
@@ -64,7 +63,7 @@ class StackWiseConfig(Settings):
         """Build from nested maps with the keys of the YAML file. Raises ConfigError with every problem."""
         if not isinstance(data, Mapping):
             raise TypeError(f"from_dict takes a mapping of sections, not {type(data).__name__}")
-        return cls._from_document(with_bases(Document(copy.deepcopy(dict(data))), FilePath()))
+        return cls._from_document(with_bases(Document(_plain(data)), FilePath()))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, ready for JSON; `from_dict` gives back an equal configuration."""
@@ -119,6 +118,13 @@ def _shape_problems(cls: type[Settings], document: Document) -> tuple[list[Probl
 
 def _is_name(part: str | int) -> bool:
     return isinstance(part, str)
+
+
+def _plain(data: Any) -> Any:
+    """A copy in which every map is a dict with text as keys, as YAML would give it."""
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    return [_plain(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def _drop_empty_sections(data: Any, cls: type[BaseModel]) -> None:

@@ -116,16 +116,12 @@ def frozen_up_projection_has_a_gate(config: StackWiseConfig) -> Problem | None:
 
 @rule("model.attention_custom", "model.attention_preset")
 def custom_attention_has_fields(config: StackWiseConfig) -> Problem | None:
-    model = config.model
-    if model.attention_preset != "custom":
-        return None
-    custom = model.attention_custom
-    if custom is not None and custom.model_dump(exclude_none=True):
+    if not _custom_without_fields(config):
         return None
     return Problem(
         "model.attention_custom",
         "the preset custom takes the attention's fields from here",
-        {} if custom is not None else None,
+        None if config.model.attention_custom is None else {},
         "map of attention_type, attention_mode, qk_norm",
         "or choose another model.attention_preset",
     )
@@ -207,7 +203,8 @@ def every_stack_has_a_weight(config: StackWiseConfig) -> Problem | None:
 )
 def clm_needs_causal_attention(config: StackWiseConfig) -> Problem | None:
     objective = config.training.progressive.training_objective
-    if objective != "clm" or config.model.attention["attention_mode"] == "causal":
+    causal = config.model.attention["attention_mode"] == "causal"
+    if objective != "clm" or causal or _custom_without_fields(config):
         return None
     return Problem(
         "model.attention_preset",
@@ -274,6 +271,11 @@ def source_and_path_fit(config: StackWiseConfig) -> Problem | None:
         what = "the name of a data set" if data.source == "hf" else "files or globs"
         return Problem("data.path", f"the source {data.source} needs a path", None, what, "set data.path=...")
     return None
+
+
+def _custom_without_fields(config: StackWiseConfig) -> bool:
+    custom = config.model.attention_custom
+    return config.model.attention_preset == "custom" and not (custom and custom.model_dump(exclude_none=True))
 
 
 def _divisors(number: int) -> str:

@@ -180,16 +180,16 @@ def accepts(field: FieldInfo) -> set[str]:
 
 
 def _options(field: FieldInfo) -> list[tuple[Any, list[Any]]]:
-    return _split(field.annotation, list(field.metadata))
+    return alternatives(field.annotation, list(field.metadata))
 
 
-def _split(annotation: Any, metadata: list[Any]) -> list[tuple[Any, list[Any]]]:
+def alternatives(annotation: Any, metadata: list[Any]) -> list[tuple[Any, list[Any]]]:
     """A type as its alternatives, each with the constraints that hold for it."""
     if get_origin(annotation) is Annotated:
         inner, *extra = get_args(annotation)
-        return _split(inner, [*extra, *metadata])
+        return alternatives(inner, [*extra, *metadata])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [part for option in get_args(annotation) for part in _split(option, metadata)]
+        return [part for option in get_args(annotation) for part in alternatives(option, metadata)]
     return [(annotation, metadata)]
 
 
@@ -218,7 +218,7 @@ def _allowed_word(option: Any, metadata: list[Any]) -> str:
         return ", ".join(names)
     word = _type_word(option)
     if word == "list":
-        (item,) = (_allowed_word(*part) for part in _split(get_args(option)[0], []))
+        (item,) = (_allowed_word(*part) for part in alternatives(get_args(option)[0], []))
         return f"list of {_length(metadata)}{item}"
     if word == "map" and (section := section_of(option)):
         return "map of " + ", ".join(section.model_fields)

@@ -1,0 +1,290 @@
+"""What a YAML file means, and that a configuration survives being written and read."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from stackwise import ConfigError, StackWiseConfig
+from stackwise.config.document import Document, dump, parse, parse_value
+from stackwise.config.load import apply_overrides
+from stackwise.config.resolve import resolve
+from stackwise.config.schema import schema_rows
+from stackwise.config.shape import alternatives, item_section_of, section_of
+from stackwise.config.types import OneOf
+
+
+def read(tmp_path: Path, text: str, overrides: Any = ()) -> StackWiseConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return StackWiseConfig.from_yaml(path, overrides)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    assert read(tmp_path, "") == StackWiseConfig()
+    assert read(tmp_path, "# nothing but a comment\n") == StackWiseConfig()
+    assert read(tmp_path, "training:\nmodel:\n  architecture:\n") == StackWiseConfig()
+
+
+def test_a_missing_file_is_a_file_not_found_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        StackWiseConfig.from_yaml(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError, match="did you mean 'demo'"):
+        StackWiseConfig.from_yaml("demmo")
+
+
+def test_numbers_flags_and_text_read_as_they_look(tmp_path):
+    config = read(tmp_path, "training: {optimizer: {lr: 1e-4}, max_steps: 1e3}")
+    assert config.training.optimizer.lr == 1e-4
+    assert isinstance(config.training.optimizer.lr, float)
+    assert config.training.max_steps == 1000
+    assert parse_value("1e-4") == 1e-4
+    assert parse_value("1_000") == 1000
+    assert parse_value("010") == 10
+    assert parse_value("0x10") == 16
+    assert parse_value(".5") == 0.5
+    assert parse_value("-.inf") == -math.inf
+    for text in ("yes", "on", "2020-01-01", "1:30", "none", "e5", "1.2.3"):
+        assert parse_value(text) == text
+    assert parse_value("null") is None
+    assert parse_value("~") is None
+
+
+def test_a_whole_number_serves_as_a_rate(tmp_path):
+    config = read(tmp_path, "generation: {temperature: 1}")
+    assert config.generation.temperature == 1.0
+    assert isinstance(config.generation.temperature, float)
+
+
+def test_a_byte_order_mark_and_an_alias_are_read(tmp_path):
+    config = read(tmp_path, "\ufefftraining: {new_stack_lr: &rate 3e-4, trunk_lr: *rate}")
+    assert config.training.trunk_lr == 3e-4
+
+
+def test_texts_that_look_like_numbers_are_written_in_quotes():
+    for text in ("1e-4", "1e5", "true", "null", "~", "", "0x1f", ".5", "12", "1_000", "yes", "2020-01-01"):
+        assert parse(dump({"key": text}), "f").data == {"key": text}
+
+
+def test_to_dict_is_deep_and_ready_for_json():
+    config = StackWiseConfig()
+    data = config.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    data["training"]["optimizer"]["betas"][0] = 0.0
+    assert config.training.optimizer.betas[0] == 0.9
+    assert StackWiseConfig.from_dict(config.to_dict()) == config
+
+
+def test_from_dict_leaves_its_argument_alone():
+    data = {"model": {"architecture": None}, "training": {"optimizer": {"betas": [0.8, 0.9]}}}
+    config = StackWiseConfig.from_dict(data)
+    config.training.optimizer.betas = [0.1, 0.2]
+    assert data == {"model": {"architecture": None}, "training": {"optimizer": {"betas": [0.8, 0.9]}}}
+    with pytest.raises(TypeError, match="mapping"):
+        StackWiseConfig.from_dict(["model"])  # type: ignore[arg-type]
+
+
+def test_two_configurations_share_nothing():
+    one, other = StackWiseConfig(), StackWiseConfig()
+    one.training.optimizer.custom_params["nesterov"] = True
+    one.generation.stop.append("\n")
+    assert other.training.optimizer.custom_params == {}
+    assert other.generation.stop == []
+
+
+# Keys that rules join, each with combinations that the rules allow; all others are drawn freely.
+JOINED = {
+    "model": [
+        {"d_model": 96, "n_heads": 6, "n_kv_heads": 3, "max_seq_len": 4096},
+        {"attention_preset": "efficient_gqa", "attention_overrides": {"attention_mode": "causal"}},
+        {"attention_preset": "custom", "attention_custom": {"attention_mode": "causal", "qk_norm": True}},
+        {"pos_encoding": "learned", "norm_placement": "post"},
+        {"pos_encoding": "sinusoidal", "use_rope": False, "freeze_up_proj": True},
+        {"use_rope": False, "ffn_type": "gelu"},
+        {"architecture": {"n_stacks": 3, "blocks_per_stack": 2}, "attention_custom": {}},
+    ],
+    "training.progressive": [
+        {"max_stacks": 6, "target_stacks": 5, "stage_weights": [1, 2, 3.5, 4, 5]},
+        {"enabled": False, "new_stack_init": "zero"},
+        {"joint_tuning": False},
+    ],
+    "data": [{"source": "text", "path": "a*.txt"}, {"source": "jsonl", "path": ["a", "b c"]}],
+}
+TAKEN = {
+    *(
+        "d_model",
+        "n_heads",
+        "n_kv_heads",
+        "max_seq_len",
+        "attention_preset",
+        "attention_overrides",
+        "attention_custom",
+    ),
+    *("pos_encoding", "use_rope", "norm_placement", "freeze_up_proj", "ffn_type", "architecture", "seq_len"),
+    *(
+        "max_stacks",
+        "target_stacks",
+        "stage_weights",
+        "enabled",
+        "new_stack_init",
+        "joint_tuning",
+        "source",
+        "path",
+    ),
+}
+PATTERNED = {
+    "run_id": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
+    "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps"]),
+    "match": st.sampled_from(["embedding", r"stacks\.s0\..*", "(a|b)$"]),
+    "custom_params": st.dictionaries(
+        st.sampled_from(["nesterov", "amsgrad", "ns_steps", "odd key: é"]),
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.text(),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+            max_leaves=6,
+        ),
+    ),
+}
+
+
+def value(option: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    """Any value the alternative of a type accepts."""
+    least = next((c.ge if isinstance(c, Ge) else c.gt for c in metadata if isinstance(c, Ge | Gt)), None)
+    most = next((c.le if isinstance(c, Le) else c.lt for c in metadata if isinstance(c, Le | Lt)), None)
+    if option is type(None):
+        return st.none()
+    if get_origin(option) is Literal:
+        return st.sampled_from(get_args(option))
+    for constraint in metadata:
+        if isinstance(constraint, OneOf):
+            return st.sampled_from(list(constraint.names))
+    if option is bool:
+        return st.booleans()
+    if option is int:
+        return st.integers(least, most - 1 if most is not None else None)
+    if option is float:
+        outer = {type(c) for c in metadata}
+        return st.floats(
+            least,
+            most,
+            exclude_min=Gt in outer,
+            exclude_max=Lt in outer,
+            allow_nan=False,
+            allow_infinity=False,
+        )
+    shortest = next((c.min_length for c in metadata if isinstance(c, MinLen)), 0)
+    if option is str:
+        return st.text(min_size=shortest)
+    longest = next((c.max_length for c in metadata if isinstance(c, MaxLen)), 3)
+    item = get_args(option)[0]
+    if section_of(item):
+        return st.lists(section(item), max_size=2)
+    return st.lists(one_of_alternatives(item, []), min_size=shortest, max_size=longest)
+
+
+def one_of_alternatives(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of([value(*part) for part in alternatives(annotation, metadata)])
+
+
+def section(cls: type[BaseModel], key: str = "") -> st.SearchStrategy[dict[str, Any]]:
+    """Any subset of a section's keys with values they accept, over one of the joined combinations."""
+    parts: dict[str, st.SearchStrategy[Any]] = {}
+    required = {}
+    for name, field in cls.model_fields.items():
+        if name in TAKEN:
+            continue
+        if name in PATTERNED:
+            strategy = PATTERNED[name]
+        elif inner := section_of(field.annotation):
+            strategy = section(inner, f"{key}.{name}".lstrip("."))
+        else:
+            strategy = one_of_alternatives(field.annotation, list(field.metadata))
+        (required if field.is_required() or name == "vocab_size" else parts)[name] = strategy
+        assert item_section_of(field.annotation) is None or name == "groups"
+    joined = st.sampled_from([{}, *JOINED.get(key, [])])
+    free = st.fixed_dictionaries(required, optional=parts)
+    return st.tuples(free, joined).map(lambda pair: pair[0] | pair[1])
+
+
+def with_complete_groups(data: dict[str, Any]) -> dict[str, Any]:
+    for group in data.get("training", {}).get("optimizer", {}).get("groups", []):
+        group["lr"] = group.get("lr") or 1.0
+    return data
+
+
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(data=section(StackWiseConfig).map(with_complete_groups))
+def test_any_configuration_survives_yaml(tmp_path, data):
+    config = StackWiseConfig.from_dict(data)
+    config.to_yaml(tmp_path / "c.yaml")
+    again = StackWiseConfig.from_yaml(tmp_path / "c.yaml")
+    assert again == config
+    assert again.notes() == config.notes()
+
+    resolved, _ = resolve(config)
+    resolved.to_yaml(tmp_path / "r.yaml")
+    assert StackWiseConfig.from_yaml(tmp_path / "r.yaml") == resolved
+    assert resolve(resolved) == (resolved, [])
+
+
+words = st.sampled_from(
+    ["model", "training", "data", "base", "optimizer", "groups", "d_model", "match", "n_blocks", "x"]
+)
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def error_of(read: Callable[[], Any]) -> ConfigError | None:
+    try:
+        read()
+    except ConfigError as error:
+        return error
+    return None
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.dictionaries(words | st.integers(), junk, max_size=4))
+def test_any_nested_map_is_a_configuration_or_a_config_error(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        error = error_of(lambda: StackWiseConfig.from_dict(data))
+    assert error is None or len(str(error).splitlines()) >= len(error.problems) > 0
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60))
+def test_any_text_is_a_configuration_or_a_config_error(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text.encode("utf-8"))
+    error = error_of(lambda: StackWiseConfig.from_yaml(path))
+    assert error is None or str(path) in str(error)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    key=st.sampled_from([row.key for row in schema_rows() if row.key != "base"]), text=st.text(max_size=12)
+)
+def test_any_override_is_read_or_a_config_error(key, text):
+    document = Document()
+    apply_overrides(document, [f"{key}={text}"], StackWiseConfig)
+    error = error_of(lambda: StackWiseConfig.from_dict(document.data))
+    assert error is None or error.problems
