@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stackwise.config.rules import stacks_at_the_end
 from stackwise.model.settings import AttentionFields, ModelSettings, attention_fields
 from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
 
@@ -31,18 +32,13 @@ def _options(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def position_encoding(model: ModelSettings) -> str:
-    """`pos_encoding`, or what `use_rope` says when it is null."""
-    return model.pos_encoding or ("rope" if model.use_rope else "learned")
-
-
 def block_spec(model: ModelSettings) -> BlockSpec:
     """One block as the model settings describe it."""
     return BlockSpec(
         d_model=model.d_model,
         n_heads=model.n_heads,
-        d_ff=model.d_ff or 0,
-        rope_theta=model.rope_theta if position_encoding(model) == "rope" else None,
+        d_ff=model.ffn_width,
+        rope_theta=model.rope_theta if model.positions == "rope" else None,
         norm=model.norm,
         norm_eps=model.norm_eps,
         norm_placement=model.norm_placement,
@@ -62,12 +58,6 @@ def appends(config: StackWiseConfig) -> bool:
     return progressive.enabled and progressive.building_mode == "append"
 
 
-def target_stacks(config: StackWiseConfig) -> int:
-    """Stacks the run ends with."""
-    target = config.training.progressive.target_stacks if config.training.progressive.enabled else None
-    return target or config.model.architecture.n_stacks
-
-
 def is_tied(config: StackWiseConfig) -> bool:
     """`tie_embeddings`; null: untied when stacks are appended, so that the head can train at every stage."""
     tied = config.model.tie_embeddings
@@ -84,7 +74,7 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         raise ValueError("model.vocab_size is not set: give it, or let the tokenizer of a run set it")
     block = block_spec(model)
     per_stack = model.architecture.blocks_per_stack
-    planned = target_stacks(config)
+    planned = stacks_at_the_end(config)
     tail = (block,) * (config.training.progressive.global_head_blocks if appends(config) else 0)
     count = planned if n_stacks is None else n_stacks
     return RackSpec(
@@ -93,7 +83,7 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         stacks=tuple(StackSpec(f"s{i}", (block,) * per_stack, i) for i in range(count)),
         tail=tail,
         max_seq_len=model.max_seq_len,
-        positions=position_encoding(model),
+        positions=model.positions,
         norm=model.norm,
         norm_eps=model.norm_eps,
         tied=is_tied(config),

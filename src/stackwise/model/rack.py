@@ -32,7 +32,7 @@ class Stacks(nn.Module):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Stack]:
-        return iter(self._modules.values())
+        return iter(self._modules.values())  # type: ignore[arg-type]
 
     def __getitem__(self, position: int) -> Stack:
         return list(self)[position]
@@ -52,7 +52,7 @@ class Head(nn.Module):
     @property
     def matrix(self) -> nn.Parameter:
         """The [V, D] matrix, whoever owns it."""
-        return self.weight if self.weight is not None else self._tied[0].weight  # type: ignore[return-value]
+        return self.weight if self.weight is not None else self._tied[0].weight
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         return F.linear(hidden_BTD, self.matrix)

@@ -11,14 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS, POSITION_LAYERS
-from stackwise.model.settings import FFN_TYPES
-
-
-def default_d_ff(d_model: int, ffn_type: str) -> int:
-    """8/3 of the width rounded to a multiple of 64 for gated layers (equal parameters), else 4 x."""
-    if FFN_TYPES.get(ffn_type, False):
-        return max(64, round(8 * d_model / 3 / 64) * 64)
-    return 4 * d_model
+from stackwise.model.settings import FFN_TYPES, default_d_ff
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,13 @@ class BlockSpec:
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for registry, name in (
+            (ATTENTIONS, self.attention_type),
+            (FEED_FORWARDS, self.ffn_type),
+            (NORM_LAYERS, self.norm),
+        ):
+            if name not in registry.names():
+                registry.get(name)  # raises with the list and the nearest spelling
         if self.d_ff == 0:
             object.__setattr__(self, "d_ff", default_d_ff(self.d_model, self.ffn_type))
         for problem in self._problems():
@@ -72,13 +72,6 @@ class BlockSpec:
             found.append(f"norm_placement must be pre or post, got {self.norm_placement!r}")
         if self.freeze_up_proj and not FFN_TYPES.get(self.ffn_type, True):
             found.append(f"freeze_up_proj needs a gated feed-forward (such as swiglu), got {self.ffn_type}")
-        for registry, name in (
-            (ATTENTIONS, self.attention_type),
-            (FEED_FORWARDS, self.ffn_type),
-            (NORM_LAYERS, self.norm),
-        ):
-            if name not in registry.names():
-                registry.get(name)  # raises with the list and the nearest spelling
         return found
 
     @property

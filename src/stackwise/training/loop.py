@@ -1,0 +1,432 @@
+"""The one training loop. It runs any list of stages and knows no curriculum.
+
+for stage in stages:
+    grow, derive the split, build the optimizer          _begin
+    for step in stage.steps:
+        batches -> loss -> gradients -> step             _train_step
+        log, save, evaluate, sample                      _after_step
+    save, evaluate, record                               _finish
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stackwise.config.root import StackWiseConfig
+from stackwise.curriculum.growth import append_stack
+from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
+from stackwise.curriculum.stage import Stage
+from stackwise.model.flops import step_flops
+from stackwise.model.init import keyed_generator
+from stackwise.model.rack import Rack
+from stackwise.objectives.causal import CausalLM, Example
+from stackwise.tracking.environment import rss_bytes
+from stackwise.training.counting import SavedBytes, gradient_bytes, parameter_bytes
+from stackwise.training.device import computing_in
+from stackwise.training.errors import Interrupted, NumericError
+from stackwise.training.interrupt import InterruptGuard
+from stackwise.training.optim import Optimizers, carried
+from stackwise.training.progress import Progress
+from stackwise.training.schedule import lr_factor
+
+Event = dict[str, Any]
+
+
+class Loader(Protocol):
+    """An endless stream of batches whose position can be saved."""
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Hooks:
+    """What the loop calls out to. Each may be left as it is.
+
+    emit: takes every event. evaluate: rack -> {"loss": nats per token, ...} or null. sample: rack -> (prompt, text)
+    or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
+    """
+
+    emit: Callable[[Event], None] = lambda event: None
+    evaluate: Callable[[Rack], dict[str, Any]] | None = None
+    sample: Callable[[Rack], tuple[str, str]] | None = None
+    save: Callable[[Engine, str | None], dict[str, Any]] | None = None
+
+
+class Engine:
+    """Runs stages over a growing rack. After `run`, `rack` is the trained one."""
+
+    def __init__(
+        self,
+        config: StackWiseConfig,
+        rack: Rack,
+        stages: list[Stage],
+        loader: Loader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        hooks: Hooks | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.stages, self.loader = config, stages, loader
+        self.device, self.dtype = device, dtype
+        self.rack = rack.to(device)
+        self.hooks = hooks or Hooks()
+        self.progress = progress or Progress()
+        self.objective = CausalLM()
+        self.optimizers: Optimizers | None = None
+        self.split: Split | None = None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        chunk = config.training.loss_chunk_tokens
+        self._rows_per_chunk = None if chunk == "auto" else int(chunk)
+        self._batches = iter(loader)
+        self._resumed = self.progress.step > 0
+        self._saved_step = self.progress.step if self._resumed else -1
+        self._has_dropout = any(block.dropout for block in rack.spec.blocks) or rack.spec.dropout > 0
+        self._logged_at = (time.perf_counter(), self.progress.tokens)
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run the stages that are left; returns the history, one entry per stage.
+
+        Raises NumericError when a loss or gradient is not finite (unless told to skip), and Interrupted after a
+        signal, once the state is saved.
+        """
+        with InterruptGuard() as guard:
+            while self.progress.stage < len(self.stages):
+                stage = self.stages[self.progress.stage]
+                if not self.progress.begun:
+                    self._begin(stage)
+                elif self._resumed:
+                    self._take_up(stage)
+                while self.progress.stage_step < stage.steps:
+                    self._train_step(stage)
+                    self._after_step(stage)
+                    if self.progress.stage_step < stage.steps:
+                        self._stop_if_asked(guard, stage)
+                self._finish(stage)
+                self._stop_if_asked(guard, stage)
+        return self.progress.history
+
+    def _begin(self, stage: Stage) -> None:
+        """Grow, freeze, and build the optimizer of a stage."""
+        p, before = self.progress, {} if self.optimizers is None else self.optimizers.state()
+        new_uid = None
+        if stage.grow is not None:
+            if p.eval_loss is not None:
+                self._emit_eval("before_growth", {"loss": p.eval_loss})
+            uids = {s.uid for s in self.rack.spec.stacks}
+            self.rack = append_stack(
+                self.rack, stage.grow.n_blocks, stage.grow.init, self.config.training.seed
+            )
+            new_uid = next(s.uid for s in self.rack.spec.stacks if s.uid not in uids)
+        p.start_stage()
+        self._set_up(stage)
+        assert self.optimizers is not None
+        copied = new_uid if stage.grow is not None and stage.grow.init == "copy" else None
+        self.optimizers.load(carried(self.rack, before, stage.optimizer_state, copied))
+        self._announce(stage, new_uid)
+        if stage.grow is not None and self.hooks.evaluate is not None:
+            self._evaluate("after_growth")
+
+    def _set_up(self, stage: Stage) -> None:
+        """What trains, in which split, compiled or recomputed as the config says."""
+        training = self.config.training
+        self.units = trained_units(self.rack.spec, stage)
+        self.split = apply_training(self.rack, self.units)
+        assert self.split == split_of(self.rack)
+        self.optimizers = Optimizers(self.rack, stage, training)
+        self.rack.remat = training.gradient_checkpointing
+        if training.compile:
+            for block in self.rack.blocks():
+                if block._compiled_call_impl is None:
+                    block.compile()
+        self.flops_per_token = step_flops(self.rack.spec, self.units, training.seq_len)
+
+    def _announce(self, stage: Stage, new_uid: str | None) -> None:
+        assert self.split is not None
+        self.hooks.emit(
+            {
+                "event": "stage_start",
+                "stage": self.progress.stage,
+                "name": stage.name,
+                "n_stacks": stage.n_stacks,
+                "steps": stage.steps,
+                "params": self.rack.get_parameter_count(),
+                "trainable_params": self.rack.get_trainable_parameter_count(),
+                "prefix_blocks": self.split.prefix_blocks,
+                "total_blocks": self.split.n_blocks,
+                "new_stack": new_uid,
+            }
+        )
+
+    def restore(self, optimizer_state: dict[str, dict[str, Tensor]], scaler: dict[str, Any] | None) -> None:
+        """Rebuild what surrounds a loaded rack: split, optimizer and moments of the stage in progress."""
+        self._set_up(self.stages[self.progress.stage])
+        assert self.optimizers is not None
+        self.optimizers.load(optimizer_state)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def _take_up(self, stage: Stage) -> None:
+        """After a resume: do what followed the save that was loaded."""
+        self._resumed = False
+        self._announce(stage, None)
+        if 0 < self.progress.stage_step < stage.steps:
+            self._observe(stage)
+
+    # --- one step ----------------------------------------------------------------------------------------------
+
+    def _train_step(self, stage: Stage) -> None:
+        training, p, optimizers = self.config.training, self.progress, self.optimizers
+        assert optimizers is not None
+        started = time.perf_counter()
+        factor = lr_factor(
+            p.stage_step,
+            stage.steps,
+            kind=training.lr_schedule,
+            warmup=stage.warmup_steps,
+            min_ratio=training.min_lr_ratio,
+            decay_fraction=training.decay_fraction,
+        )
+        self.lr = optimizers.set_factor(factor)
+        batches = [next(self._batches) for _ in range(training.gradient_accumulation_steps)]
+        examples = [self.objective.corrupt(self._to_device(batch)) for batch in batches]
+        # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
+        weight = sum((example.labels >= 0).sum() for example in examples).clamp_min(1)  # type: ignore[union-attr]
+        total = torch.zeros((), device=self.device)
+        for index, example in enumerate(examples):
+            if self._has_dropout:
+                key = (p.step, index)
+                torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
+            loss = self._loss(example, count=p.stage_step == 0 and index == 0) / weight
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.scaler.is_enabled():
+            for optimizer in optimizers.optimizers:
+                self.scaler.unscale_(optimizer)
+        limit = training.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters, limit)
+        loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
+        p.stage_step += 1
+        p.step += 1
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            self._apply(optimizers)
+            self._note_loss(loss_value)
+        else:
+            self._not_finite(stage, loss_value, norm_value)
+        if p.stage_step == 1:
+            p.bytes = self._count_bytes()
+        optimizers.zero_grad()
+        self.grad_norm = norm_value
+        tokens = sum(example.input_ids.numel() for example in examples)
+        self._note_cost(tokens, time.perf_counter() - started)
+
+    def _loss(self, example: Example, count: bool = False) -> Tensor:
+        """Summed loss of one micro-batch; the first of a stage is counted byte by byte."""
+        assert self.split is not None
+        saved = SavedBytes(self.rack) if count else None
+        with computing_in(self.dtype, self.device):
+            if saved is None:
+                return self._forward(example)
+            with saved.counting():
+                loss = self._forward(example)
+        self.progress.activation_bytes = saved.total
+        return loss
+
+    def _forward(self, example: Example) -> Tensor:
+        assert self.split is not None
+        hidden = self.rack.forward_features(
+            example.input_ids,
+            example.attention_mask,
+            position_ids=example.position_ids,
+            document_ids=example.document_ids,
+            prefix=self.split.prefix,
+        )
+        return self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
+
+    def _apply(self, optimizers: Optimizers) -> None:
+        if not self.scaler.is_enabled():
+            optimizers.step()
+            return
+        for optimizer in optimizers.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _not_finite(self, stage: Stage, loss: float, norm: float) -> None:
+        """Stop or skip; in either case the step changes nothing."""
+        assert self.optimizers is not None
+        p = self.progress
+        self.optimizers.zero_grad()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        what = f"loss {loss}, gradient norm {norm}"
+        where = f"step {p.step}, stage {p.stage + 1} ({stage.name}), learning rate {self.lr:.3g}"
+        if self.config.training.on_nonfinite == "skip" or self.scaler.is_enabled():
+            p.skipped += 1
+            self.hooks.emit({"event": "note", "message": f"skipped {where}: {what} ({p.skipped} so far)"})
+            return
+        raise NumericError(
+            f"not finite at {where}: {what}. The last commit is intact; lower training.optimizer.lr, raise "
+            "training.warmup_steps, or set training.on_nonfinite=skip"
+        )
+
+    def _to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _note_loss(self, loss: float) -> None:
+        p = self.progress
+        p.loss_first = loss if p.loss_first is None else p.loss_first
+        p.loss_last = loss
+        p.loss_sum += loss
+        p.loss_count += 1
+
+    def _note_cost(self, tokens: int, seconds: float) -> None:
+        p, flops = self.progress, self.flops_per_token * tokens
+        p.tokens, p.stage_tokens = p.tokens + tokens, p.stage_tokens + tokens
+        p.flops, p.stage_flops = p.flops + flops, p.stage_flops + flops
+        p.seconds, p.stage_seconds = p.seconds + seconds, p.stage_seconds + seconds
+
+    def _count_bytes(self) -> dict[str, int]:
+        """Bytes a step of this stage holds: weights, gradients, moments, and what autograd saved."""
+        assert self.optimizers is not None
+        items = {
+            "parameters": parameter_bytes(self.rack),
+            "gradients": gradient_bytes(self.rack),
+            "moments": self.optimizers.state_bytes(),
+            "activations": self.progress.activation_bytes,
+        }
+        return {**items, "total": sum(items.values())}
+
+    # --- around the steps --------------------------------------------------------------------------------------
+
+    def _after_step(self, stage: Stage) -> None:
+        p = self.progress
+        last = p.stage_step == stage.steps
+        if p.stage_step == 1 or last or p.step % self.config.tracking.log_interval == 0:
+            self._log()
+        if last:
+            return  # the end of the stage saves, evaluates and samples
+        if p.step % self.config.checkpoint.save_interval == 0:
+            self._save(None)
+        self._observe(stage)
+
+    def _observe(self, stage: Stage) -> None:
+        """Evaluate and sample where the config asks for it, after the save."""
+        p = self.progress
+        every, sample_every = self.config.evaluation.interval, self.config.tracking.sample_interval
+        if every and p.step % every == 0:
+            self._evaluate("interval")
+        if sample_every and p.step % sample_every == 0:
+            self._sample()
+
+    def _finish(self, stage: Stage) -> None:
+        p = self.progress
+        if self._saved_step != p.step:
+            self._save(f"stage-{p.stage + 1:02d}")
+        eval_loss = self._evaluate("final" if p.stage + 1 == len(self.stages) else "stage_end")
+        self._sample()
+        record = {
+            "stage": p.stage,
+            "name": stage.name,
+            "n_stacks": stage.n_stacks,
+            "step": p.step,
+            "loss_first": p.loss_first,
+            "loss_last": p.loss_last,
+            "eval_loss": eval_loss,
+            "seconds": p.stage_seconds,
+            "tokens": p.stage_tokens,
+            "flops": p.stage_flops,
+            "trainable_params": self.rack.get_trainable_parameter_count(),
+            "bytes": p.bytes,
+        }
+        self.hooks.emit({"event": "stage_end", **record})
+        p.history.append({**record, "steps": p.stage_step, "trains": sorted(self.units)})
+        p.stage, p.begun = p.stage + 1, False
+
+    def _log(self) -> None:
+        p, now = self.progress, time.perf_counter()
+        then, tokens = self._logged_at
+        self._logged_at = (now, p.tokens)
+        self.hooks.emit(
+            {
+                "event": "step",
+                "step": p.step,
+                "stage": p.stage,
+                "stage_step": p.stage_step,
+                "loss": p.loss_sum / p.loss_count if p.loss_count else math.nan,
+                "lr": self.lr,
+                "grad_norm": self.grad_norm,
+                "tokens": p.tokens,
+                "flops": p.flops,
+                "tokens_per_s": (p.tokens - tokens) / max(now - then, 1e-9),
+                "seconds": p.seconds,
+                "rss_bytes": rss_bytes(),
+            }
+        )
+        p.loss_sum, p.loss_count = 0.0, 0
+
+    def _save(self, pin: str | None) -> None:
+        if self.hooks.save is not None:
+            fields = self.hooks.save(self, pin)
+            p = self.progress
+            self._saved_step = p.step
+            self.hooks.emit({"event": "checkpoint", "step": p.step, "stage": p.stage, **fields})
+            self._logged_at = (time.perf_counter(), p.tokens)
+
+    def _evaluate(self, when: str) -> float | None:
+        if self.hooks.evaluate is None:
+            return None
+        result = self.hooks.evaluate(self.rack)
+        self.progress.eval_loss = result["loss"]
+        self._emit_eval(when, result)
+        self._logged_at = (time.perf_counter(), self.progress.tokens)
+        return self.progress.eval_loss
+
+    def _emit_eval(self, when: str, result: dict[str, Any]) -> None:
+        p = self.progress
+        loss = result["loss"]
+        self.hooks.emit(
+            {
+                "event": "eval",
+                "step": p.step,
+                "stage": p.stage,
+                "when": when,
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "bits_per_byte": result.get("bits_per_byte"),
+                "tokens": p.tokens,
+                "flops": p.flops,
+                "seconds": p.seconds,
+            }
+        )
+
+    def _sample(self) -> None:
+        if self.hooks.sample is not None:
+            prompt, text = self.hooks.sample(self.rack)
+            p = self.progress
+            self.hooks.emit(
+                {"event": "sample", "step": p.step, "stage": p.stage, "prompt": prompt, "text": text}
+            )
+
+    def _stop_if_asked(self, guard: InterruptGuard, stage: Stage) -> None:
+        if guard.signum is None:
+            return
+        p = self.progress
+        saved = "nothing was saved (no run folder)"
+        if self.hooks.save is not None and p.begun:
+            if self._saved_step != p.step:
+                self._save(None)
+            saved = "the state is saved"
+        elif self.hooks.save is not None:
+            saved = "the state was saved at the end of the stage"
+        raise Interrupted(guard.signum, f"stopped after step {p.step} ({stage.name}); {saved}")

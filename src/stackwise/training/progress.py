@@ -1,0 +1,51 @@
+"""Where a run stands: everything besides tensors that a resume needs. JSON-able, floats kept exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters of a run. `stage` is 0-based, `stage_step` counts within it, `step` over the run."""
+
+    stage: int = 0
+    stage_step: int = 0
+    begun: bool = False
+    """The current stage's growth has happened."""
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps left out because their loss or gradient was not finite."""
+    stage_seconds: float = 0.0
+    stage_tokens: int = 0
+    stage_flops: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    loss_sum: float = 0.0
+    """Losses since the last log line, and how many."""
+    loss_count: int = 0
+    activation_bytes: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
+    """What a step of this stage holds, by item; counted at its first step."""
+    eval_loss: float | None = None
+    """The last evaluation, nats per token."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per finished stage."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Progress:
+        return cls(**data)
+
+    def start_stage(self) -> None:
+        """Reset what is counted per stage."""
+        self.begun, self.stage_step = True, 0
+        self.stage_seconds, self.stage_tokens, self.stage_flops = 0.0, 0, 0.0
+        self.loss_first, self.loss_last, self.loss_sum, self.loss_count = None, None, 0.0, 0
+        self.activation_bytes = 0

@@ -1,0 +1,417 @@
+"""A run from config to report: data, rack, resume, the loop, and everything that is written beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackwise.checkpoint.manifest import Commit
+from stackwise.checkpoint.store import Store
+from stackwise.config.document import dump
+from stackwise.config.errors import show
+from stackwise.config.resolve import Derived, resolve
+from stackwise.config.root import StackWiseConfig
+from stackwise.curriculum.curricula import stages as stages_of_config
+from stackwise.curriculum.split import apply_training, trained_units
+from stackwise.data.corpus import Corpus
+from stackwise.data.errors import DataError
+from stackwise.data.loader import EvalLoader, TokenLoader
+from stackwise.data.prepare import prepare
+from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+from stackwise.model.describe import rack_spec
+from stackwise.model.rack import Rack
+from stackwise.tracking.console import ConsoleProgress
+from stackwise.tracking.environment import peak_rss_bytes
+from stackwise.tracking.events import Sink, Tracker
+from stackwise.tracking.folder import RunFolder, RunFolderError
+from stackwise.tracking.metrics import MetricsFile
+from stackwise.tracking.report import build_report
+from stackwise.training import state
+from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
+from stackwise.training.errors import IncompatibleResumeError, Interrupted
+from stackwise.training.loop import Engine, Hooks
+from stackwise.training.validate import validate
+
+FREE = {"checkpoint", "tracking", "generation", "evaluation"}
+"""Sections that a resumed run may change; the others decide its course."""
+FREE_KEYS = {"training.device", "training.run_id", "data.num_workers", "data.cache_dir", "training.compile"}
+
+
+@dataclass
+class OpenRun:
+    """A stored run, ready to be used: the rack of one commit with its tokenizer and config."""
+
+    folder: RunFolder
+    config: StackWiseConfig
+    rack: Rack
+    tokenizer: Tokenizer
+    commit: Commit
+    meta: dict[str, Any]
+
+
+def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
+    """Load a run folder: the newest commit, or the one whose id starts with `commit`.
+
+    Raises RunFolderError when there is no run, CheckpointError when it has no usable commit.
+    """
+    folder = RunFolder.open(path)
+    store = Store(folder.store)
+    chosen = store.latest()
+    if commit is not None:
+        matching = [c for c in store.commits() if c.id.startswith(commit)]
+        if len(matching) != 1:
+            known = ", ".join(c.id for c in store.commits()) or "none"
+            raise RunFolderError(
+                f"{len(matching)} commits of {folder.path} start with {commit!r}; known: {known}"
+            )
+        chosen = matching[0]
+    if chosen is None:
+        raise RunFolderError(
+            f"{folder.path} has no commit yet; train it first: stackwise train {folder.config}"
+        )
+    meta = state.read_meta(store, chosen)
+    rack = state.load_rack(store, chosen, meta).eval()
+    config = StackWiseConfig.from_yaml(folder.config)
+    return OpenRun(folder, config, rack, load_tokenizer(folder.tokenizer), chosen, meta)
+
+
+def train(
+    config: StackWiseConfig, *, sinks: list[Sink] | None = None, report: bool | None = None
+) -> dict[str, Any]:
+    """Run a config to its end and return what happened.
+
+    Writes `checkpoint.dir`/`training.run_id`: resolved config, environment, metrics, tokenizer, commits, plots,
+    report and sample. A folder that holds a run of the same config is continued exactly where it stopped
+    (`checkpoint.resume`). `sinks` replace the console; `report` overrides `tracking.report`.
+
+    Returns {run_dir, training_history, final_loss, eval_loss, total_training_time, architecture, resumed_from}.
+    Raises ConfigError, DataError, RunFolderError, IncompatibleResumeError, NumericError, Interrupted.
+    """
+    config.validate()
+    device = pick_device(config.training.device)
+    dtype = pick_dtype(config.training.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    notes = config.notes()
+    resolved, derived = resolve(config)
+    assert resolved.data.cache_dir is not None
+    corpus = prepare(resolved.data, resolved.data.cache_dir)
+    resolved, derived = resolve(config, vocab_size=corpus.tokenizer.vocab_size)
+    loader = make_loader(resolved, corpus)
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(resolved.training.deterministic))
+        stack.callback(loader.close)
+        folder, store, commit = _open_folder(resolved)
+        stack.enter_context(store.lock())
+        metrics = MetricsFile(folder.path)
+        listed = [ConsoleProgress()] if sinks is None else sinks
+        tracker = stack.enter_context(Tracker([metrics, *listed]))
+        folder.write_config(dump(resolved.to_dict()))
+        folder.write_environment()
+        corpus.tokenizer.save(folder.tokenizer)
+        hooks = _hooks(resolved, corpus, folder, store, metrics, tracker, device, dtype)
+        if commit is None:
+            spec = rack_spec(resolved, 1 if resolved.training.progressive.enabled else None)
+            rack = Rack(spec, seed=resolved.training.seed)
+            stages = stages_of_config(resolved, loader_steps(resolved, loader))
+            engine = Engine(resolved, rack, stages, loader, device=device, dtype=dtype, hooks=hooks)
+        else:
+            engine = _restore(resolved, loader, store, commit, metrics, hooks, device, dtype)
+        _announce(engine, tracker, notes, derived, corpus, commit)
+        status = "failed"
+        try:
+            engine.run()
+            status = "done"
+        except Interrupted:
+            status = "stopped"
+            raise
+        finally:
+            p = engine.progress
+            tracker.emit(
+                {
+                    "event": "run_end",
+                    "step": p.step,
+                    "seconds": p.seconds,
+                    "final_loss": p.eval_loss if p.eval_loss is not None else p.loss_last,
+                    "status": status,
+                    "tokens": p.tokens,
+                    "flops": p.flops,
+                    "peak_rss_bytes": peak_rss_bytes(),
+                }
+            )
+    if resolved.tracking.report if report is None else report:
+        build_report(folder.path)
+    return _result(engine, folder, commit)
+
+
+def make_loader(config: StackWiseConfig, corpus: Corpus) -> TokenLoader:
+    """The training stream of a config."""
+    training, data = config.training, config.data
+    return TokenLoader(
+        corpus.train,
+        seq_len=training.seq_len,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        shuffle=data.shuffle,
+        num_workers=data.num_workers,
+        packing=data.packing,
+        doc_mask=data.doc_mask,
+        pad_id=corpus.tokenizer.pad_id,
+    )
+
+
+def make_eval_loader(config: StackWiseConfig, corpus: Corpus, batches: int | None = None) -> EvalLoader:
+    """One pass over the held-out split (or `batches` batches spread over it)."""
+    return EvalLoader(
+        corpus.validation,
+        seq_len=config.training.seq_len,
+        batch_size=config.evaluation.batch_size or config.training.batch_size,
+        packing=config.data.packing,
+        doc_mask=config.data.doc_mask,
+        pad_id=corpus.tokenizer.pad_id,
+        batches=batches,
+    )
+
+
+def loader_steps(config: StackWiseConfig, loader: TokenLoader) -> int:
+    """Optimizer steps of one pass over the data."""
+    return math.ceil(loader.steps_per_epoch / config.training.gradient_accumulation_steps)
+
+
+def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
+    """Nats per token to bits per byte of a text of `tokens` tokens and `n_bytes` bytes."""
+    return loss * tokens / n_bytes / math.log(2)
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Deterministic kernels inside the block, when asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | None]:
+    """The run's folder, and the commit to continue from (null: a new run)."""
+    settings = config.checkpoint
+    path = Path(settings.dir) / config.training.run_id
+    if settings.resume not in ("auto", "never"):
+        path = Path(settings.resume)
+        RunFolder.open(path)
+    folder = RunFolder(path)
+    if settings.resume == "never" or settings.overwrite or not folder.holds_a_run():
+        with ExitStack() as stack:
+            if folder.store.exists():
+                stack.enter_context(Store(folder.store).lock())  # nobody may be training there
+            folder = RunFolder.create(path, overwrite=settings.overwrite)
+        return folder, Store(folder.store), None
+    store = Store(folder.store)
+    commit = store.latest()
+    if commit is None:  # stopped before its first save: nothing to continue, nothing to lose
+        return RunFolder.create(path, overwrite=True), Store(folder.store), None
+    changed = course_changes(StackWiseConfig.from_yaml(folder.config), config)
+    if changed:
+        raise IncompatibleResumeError(
+            f"{folder.path} holds a run with other settings:\n"
+            + "\n".join(f"  {key}: {show(old)} there, {show(new)} here" for key, old, new in changed)
+            + "\nUse its settings to continue it, another training.run_id for a new run beside it, or "
+            "checkpoint.overwrite=true to replace it"
+        )
+    return folder, store, commit
+
+
+def course_changes(old: StackWiseConfig, new: StackWiseConfig) -> list[tuple[str, Any, Any]]:
+    """Keys that decide the course of a run and differ: (key, old value, new value)."""
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            rows: dict[str, Any] = {}
+            for key, child in value.items():
+                rows.update(flat(f"{prefix}.{key}" if prefix else key, child))
+            return rows
+        return {prefix: value}
+
+    before, after = flat("", old.to_dict()), flat("", new.to_dict())
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE and key not in FREE_KEYS
+    ]
+
+
+def _restore(
+    config: StackWiseConfig,
+    loader: TokenLoader,
+    store: Store,
+    commit: Commit,
+    metrics: MetricsFile,
+    hooks: Hooks,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Engine:
+    meta = state.read_meta(store, commit)
+    try:
+        loader.load_state_dict(meta["loader"])
+    except DataError as error:
+        raise IncompatibleResumeError(str(error)) from None
+    metrics.cut_at(meta["metrics_bytes"])
+    engine = Engine(
+        config,
+        state.load_rack(store, commit, meta),
+        state.stages_of(meta),
+        loader,
+        device=device,
+        dtype=dtype,
+        hooks=hooks,
+        progress=state.progress_of(meta),
+    )
+    engine.restore(state.load_optimizer_state(store, commit), meta["scaler"])
+    return engine
+
+
+def _hooks(
+    config: StackWiseConfig,
+    corpus: Corpus,
+    folder: RunFolder,
+    store: Store,
+    metrics: MetricsFile,
+    tracker: Tracker,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Hooks:
+    evaluation = make_eval_loader(config, corpus, config.evaluation.batches)
+    chunk = config.training.loss_chunk_tokens
+    split = corpus.validation
+
+    def evaluate(rack: Rack) -> dict[str, Any]:
+        rows = None if chunk == "auto" else int(chunk)
+        total, count = validate(rack, evaluation, dtype=dtype, rows_per_chunk=rows)
+        loss = total / count
+        return {"loss": loss, "bits_per_byte": bits_per_byte(loss, split.n_tokens, split.n_bytes)}
+
+    def sample(rack: Rack) -> tuple[str, str]:
+        prompt, text = sample_text(rack, corpus.tokenizer, config)
+        folder.write_sample(prompt + text)
+        return prompt, text
+
+    def save(engine: Engine, pin: str | None) -> dict[str, Any]:
+        started = time.perf_counter()
+        extra = {"metrics_bytes": metrics.size(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+        commit = store.commit(
+            state.parts_of(engine), state.meta_of(engine, extra), step=engine.progress.step, pin=pin
+        )
+        store.prune(config.checkpoint.keep_last)
+        return {
+            "commit": commit.id,
+            "bytes_written": commit.bytes_written,
+            "bytes_total": sum(part.bytes for part in commit.parts.values()),
+            "seconds": time.perf_counter() - started,
+        }
+
+    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=sample, save=save)
+
+
+def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tuple[str, str]:
+    """A sample by the settings of `generation`, from `tracking.sample_prompt`; (prompt, continuation)."""
+    generation, prompt = config.generation, config.tracking.sample_prompt
+    start = tokenizer.encode(prompt) if prompt else []
+    if not start:
+        # Nothing to continue: begin as a document begins, after the separator, or with the first token.
+        start = [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
+    room = rack.spec.max_seq_len - len(start)
+    ids = rack.generate(
+        torch.tensor([start], device=rack.device),
+        max_new_tokens=min(generation.max_new_tokens, room),
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        repetition_penalty=generation.repetition_penalty,
+        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        seed=generation.seed,
+    )
+    new = [i for i in ids[0, len(start) :].tolist() if i != tokenizer.eos_id]
+    return prompt, tokenizer.decode(new)
+
+
+def _announce(
+    engine: Engine,
+    tracker: Tracker,
+    notes: list[str],
+    derived: list[Derived],
+    corpus: Corpus,
+    commit: Commit | None,
+) -> None:
+    config, training = engine.config, engine.config.training
+    final = rack_spec(config)
+    with torch.device("meta"):
+        finished = Rack(final)
+    rows = []
+    for stage in engine.stages:
+        with torch.device("meta"):
+            rack = Rack(rack_spec(config, stage.n_stacks))
+        apply_training(rack, trained_units(rack.spec, stage))
+        rows.append(
+            {
+                "name": stage.name,
+                "n_stacks": stage.n_stacks,
+                "steps": stage.steps,
+                "params": rack.get_parameter_count(),
+                "trainable_params": rack.get_trainable_parameter_count(),
+                "trains": list(stage.trains),
+            }
+        )
+    tracker.emit(
+        {
+            "event": "run_start",
+            "run_id": training.run_id,
+            "stages": rows,
+            "total_steps": sum(stage.steps for stage in engine.stages),
+            "device": str(engine.device),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "n_params": finished.get_parameter_count(),
+            "start_step": engine.progress.step,
+            "vocab_size": final.vocab_size,
+            "seq_len": training.seq_len,
+            "batch_tokens": training.batch_size * training.seq_len * training.gradient_accumulation_steps,
+        }
+    )
+    if commit is not None:
+        tracker.emit({"event": "note", "message": f"resumed from commit {commit.id}, step {commit.step}"})
+        return
+    train_tokens, held_out = corpus.train.n_tokens, corpus.validation.n_tokens
+    text = f"data: {train_tokens:,} tokens to train on, {held_out:,} held out ({config.data.source})"
+    for message in (text, *(str(d) for d in derived), *notes):
+        tracker.emit({"event": "note", "message": message})
+
+
+def _result(engine: Engine, folder: RunFolder, commit: Commit | None) -> dict[str, Any]:
+    p, rack = engine.progress, engine.rack
+    architecture = engine.config.model.architecture
+    return {
+        "run_dir": str(folder.path),
+        "training_history": p.history,
+        "final_loss": p.loss_last,
+        "eval_loss": p.eval_loss,
+        "total_training_time": p.seconds,
+        "steps": p.step,
+        "tokens": p.tokens,
+        "flops": p.flops,
+        "resumed_from": commit.id if commit else None,
+        "architecture": {
+            "n_stacks": len(rack.stacks),
+            "blocks_per_stack": architecture.blocks_per_stack,
+            "total_blocks": len(rack.spec.blocks),
+            "params": rack.get_parameter_count(),
+            "trainable": rack.get_trainable_parameter_count(),
+        },
+    }

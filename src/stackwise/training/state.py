@@ -1,0 +1,92 @@
+"""The state of a run as parts of a checkpoint, and back.
+
+Parts are named after the rack's: `<part>/weights` for every part, `<part>/optimizer` for those that train. Parts that
+did not change since the last commit are shared with it by the store.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stackwise.checkpoint.errors import CheckpointError
+from stackwise.checkpoint.manifest import Commit
+from stackwise.checkpoint.store import Store
+from stackwise.curriculum.stage import Stage
+from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec
+from stackwise.training.optim import OptimizerState
+from stackwise.training.progress import Progress
+
+if TYPE_CHECKING:
+    from stackwise.training.loop import Engine
+
+FORMAT = 1
+
+
+def parts_of(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a run by part."""
+    rack = engine.rack
+    parts = {f"{part}/weights": tensors for part, tensors in rack.parts().items()}
+    if engine.optimizers is not None:
+        for name, moments in engine.optimizers.state().items():
+            held = parts.setdefault(f"{rack.part_of(name)}/optimizer", {})
+            held.update({f"{name}::{moment}": tensor for moment, tensor in moments.items()})
+    return parts
+
+
+def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
+    """Everything else: description of the rack, stages, counters, position in the data."""
+    return {
+        "format": FORMAT,
+        "rack": engine.rack.spec.to_dict(),
+        "stages": [stage.to_dict() for stage in engine.stages],
+        "progress": engine.progress.to_dict(),
+        "loader": engine.loader.state_dict(),
+        "scaler": engine.scaler.state_dict() if engine.scaler.is_enabled() else None,
+        **extra,
+    }
+
+
+def read_meta(store: Store, commit: Commit) -> dict[str, Any]:
+    """The commit's run state; another format is a CheckpointError."""
+    meta = store.meta(commit)
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"commit {commit.id} has format {meta.get('format')!r}, this version reads {FORMAT}; "
+            "use the version of stackwise that wrote it"
+        )
+    return meta
+
+
+def load_rack(store: Store, commit: Commit, meta: dict[str, Any]) -> Rack:
+    """The rack of a commit, rebuilt from its description and loaded by name."""
+    rack = Rack(RackSpec.from_dict(meta["rack"]))
+    tensors: dict[str, Tensor] = {}
+    for part in rack.parts():
+        tensors.update(store.load(commit, f"{part}/weights"))
+    try:
+        rack.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"commit {commit.id} does not fit its own description: {error}") from None
+    return rack
+
+
+def load_optimizer_state(store: Store, commit: Commit) -> OptimizerState:
+    """Moments by parameter name."""
+    state: OptimizerState = {}
+    for part in commit.parts:
+        if part.endswith("/optimizer"):
+            for key, tensor in store.load(commit, part).items():
+                name, _, moment = key.partition("::")
+                state.setdefault(name, {})[moment] = tensor
+    return state
+
+
+def stages_of(meta: dict[str, Any]) -> list[Stage]:
+    return [Stage.from_dict(stage) for stage in meta["stages"]]
+
+
+def progress_of(meta: dict[str, Any]) -> Progress:
+    return Progress.from_dict(meta["progress"])
