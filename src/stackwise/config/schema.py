@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from stackwise.config.root import StackWiseConfig
 from stackwise.config.shape import allowed_text, default_text, dotted, section_of, type_text, walk
 
 
@@ -17,8 +18,6 @@ class SchemaRow(NamedTuple):
 
 def schema_rows() -> list[SchemaRow]:
     """One row for every key that holds a value, in the order of the settings; sections have none."""
-    from stackwise.config.root import StackWiseConfig
-
     base = SchemaRow(
         "base",
         "str | list?",

@@ -1,0 +1,175 @@
+"""Every config key changes something: a table of proofs, one per key of the schema.
+
+A proof is a function of the key that fails when the key has no effect. A key that another test proves
+stands in PROVEN_ELSEWHERE with that test. Whoever adds a key adds its row here.
+"""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stackwise import ConfigError, StackWiseConfig
+from stackwise.config.schema import schema_rows
+from stackwise.config.shape import field_at, names_of
+from stackwise.curriculum.curricula import stages
+from stackwise.model.describe import rack_spec
+from stackwise.model.settings import ATTENTION_TYPES
+
+ROOT = Path(__file__).parents[2]
+
+Proof = Callable[[str], None]
+
+
+def config_with(values: dict[str, Any]) -> StackWiseConfig:
+    """The defaults with dotted keys set; only the shape is checked, so that one key can be changed alone."""
+    data: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        section = data
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return StackWiseConfig(**data)
+
+
+def changes(what: Callable[[StackWiseConfig], Any], to: Any, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that `what` of a configuration is another once the key is `to`."""
+
+    def proof(key: str) -> None:
+        before = given or {}
+        assert what(config_with(before)) != what(config_with({**before, key: to}))
+
+    return proof
+
+
+def refused(value: Any, message: str, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that a configuration with the value breaks a rule, and without it breaks none."""
+
+    def proof(key: str) -> None:
+        config_with(given or {}).validate()
+        with pytest.raises(ConfigError, match=message):
+            config_with({**(given or {}), key: value}).validate()
+
+    return proof
+
+
+def rack(to: Any, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that the description from which the rack is built is another one."""
+    return changes(rack_spec, to, {"model.vocab_size": 97, **(given or {})})
+
+
+def course(to: Any, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that the stages of the run are others: what grows, what trains, at which rate, for how long."""
+    return changes(lambda config: stages(config, steps_per_epoch=100), to, given)
+
+
+def attention_type(given: dict[str, Any]) -> Proof:
+    """Proof that the key chooses among registered kinds of attention; there is one built-in kind."""
+
+    def proof(key: str) -> None:
+        ATTENTION_TYPES.append("own")
+        try:
+            rack("own", given)(key)
+        finally:
+            ATTENTION_TYPES.remove("own")
+
+    return proof
+
+
+CUSTOM = {"model.attention_preset": "custom"}
+STEPS = {"training.max_steps": 100}
+
+PROOFS: dict[str, Proof] = {
+    "model.d_model": rack(96),
+    "model.n_heads": rack(6),
+    "model.n_kv_heads": rack(3),
+    "model.d_ff": rack(100),
+    "model.vocab_size": rack(98),
+    "model.max_seq_len": rack(512),
+    "model.architecture.n_stacks": rack(3),
+    "model.architecture.blocks_per_stack": rack(3),
+    "model.attention_preset": rack("bert_style"),
+    "model.attention_custom.attention_type": attention_type(CUSTOM),
+    "model.attention_custom.attention_mode": rack("causal", CUSTOM),
+    "model.attention_custom.qk_norm": rack(True, CUSTOM),
+    "model.attention_overrides.attention_type": attention_type({}),
+    "model.attention_overrides.attention_mode": rack("bidirectional"),
+    "model.attention_overrides.qk_norm": rack(True),
+    "model.qk_norm": rack(True),
+    "model.norm": rack("layernorm"),
+    "model.norm_placement": rack("post"),
+    "model.norm_eps": rack(1e-6),
+    "model.ffn_type": rack("geglu"),
+    "model.bias": rack(True),
+    "model.freeze_up_proj": rack(True),
+    "model.dropout": rack(0.1),
+    "model.pos_encoding": rack("sinusoidal"),
+    "model.use_rope": rack(False),
+    "model.rope_theta": rack(500.0),
+    "model.tie_embeddings": rack(True),
+    "model.residual_gain": rack(0.5),
+    "model.zero_init_outputs": rack(True),
+    "training.max_steps": course(7),
+    "training.epochs_per_stack": course(2),
+    "training.warmup_steps": course(5, STEPS),
+    "training.new_stack_lr": course(0.5, STEPS),
+    "training.trunk_lr": course(0.5, STEPS),
+    "training.progressive.enabled": course(False, STEPS),
+    "training.progressive.max_stacks": refused(1, "exceeds training.progressive.max_stacks 1"),
+    "training.progressive.target_stacks": course(3, STEPS),
+    "training.progressive.trunk_strategy": course("trainable", STEPS),
+    "training.progressive.new_stack_init": course("zero", STEPS),
+    "training.progressive.train_head": course("first", STEPS),
+    "training.progressive.train_embedding": course("never", STEPS),
+    "training.progressive.global_head_blocks": rack(0),
+    "training.progressive.joint_tuning": course(False, STEPS),
+    "training.progressive.joint_tuning_fraction": course(0.5, STEPS),
+    "training.progressive.growth_optimizer": course("carry", STEPS),
+    "training.progressive.rewarmup_fraction": course(0.5, STEPS),
+    "training.progressive.stage_weights": course([2, 1], STEPS),
+}
+
+PROVEN_ELSEWHERE = {
+    "base": "tests/config/test_inheritance.py::test_defaults_then_parents_in_order_then_file_then_overrides",
+    "data.source": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
+    "data.path": "tests/data/test_sources.py::test_text_files_are_read_byte_for_byte_in_the_order_of_their_names",
+    "data.eval_path": "tests/data/test_prepare.py::test_an_eval_path_is_the_whole_validation_split",
+    "data.eval_fraction": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
+    "data.tokenizer": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
+    "data.text_key": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
+    "data.max_bytes": "tests/data/test_sources.py::test_max_bytes_ends_the_text_at_the_last_whole_character",
+}
+"""Key -> the test, `path::name`, that fails when the key has no effect."""
+
+ONE_VALUE = {"training.progressive.building_mode", "training.progressive.training_objective"}
+"""Keys that name the only choice there is so far; they need a proof as soon as there is a second."""
+
+
+@pytest.mark.parametrize("key", PROOFS)
+def test_a_key_changes_something(key):
+    PROOFS[key](key)
+
+
+@pytest.mark.parametrize("key", PROVEN_ELSEWHERE)
+def test_the_test_that_proves_a_key_exists(key):
+    path, _, name = PROVEN_ELSEWHERE[key].partition("::")
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("key", sorted(ONE_VALUE))
+def test_a_key_without_a_proof_has_one_value_only(key):
+    _, field = field_at(StackWiseConfig, tuple(key.split(".")))
+    assert field is not None
+    assert len(names_of(field)) == 1
+
+
+def test_every_key_of_the_schema_has_one_proof():
+    keys = {row.key for row in schema_rows()}
+    rows = [*PROOFS, *PROVEN_ELSEWHERE, *ONE_VALUE]
+    assert len(rows) == len(set(rows)), "a key is proven in two places"
+    assert set(rows) - keys == set(), "rows of keys that do not exist"
+    assert sorted(keys - set(rows)) == [], "keys without a proof"
