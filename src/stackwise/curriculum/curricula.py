@@ -96,11 +96,11 @@ def append(config: StackWiseConfig, steps: int) -> list[Stage]:
             )
         )
     if tunes_jointly(config):
-        listed.append(_joint(config, listed))
+        listed.append(joint_stage(config, listed))
     return listed
 
 
-def _joint(config: StackWiseConfig, before: list[Stage]) -> Stage:
+def joint_stage(config: StackWiseConfig, before: list[Stage]) -> Stage:
     """Everything trains, for the share of the run's FLOPs that the config names."""
     progressive = config.training.progressive
     trains = ["new", "trunk", "tail"]

@@ -8,8 +8,6 @@ random  the start of `model.init`, keyed by the stack's name.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from stackwise.model.block import Block, Stack
@@ -84,12 +82,15 @@ def append_stack(rack: Rack, n_blocks: int, init: str, seed: int) -> Rack:
     return adopt(rack, spec, init, seed)
 
 
-def adopt(rack: Rack, spec: RackSpec, init: str, seed: int) -> Rack:
-    """A rack of `spec` that takes over all modules of `rack`; stacks it lacks are started by `init`."""
-    held = {stack.uid: stack for stack in rack.stacks}
+def adopt(rack: Rack, spec: RackSpec, init: str, seed: int, own: dict[str, Stack] | None = None) -> Rack:
+    """A rack of `spec` that takes over all modules of `rack`.
+
+    Stacks it lacks are taken from `own` as they are, or built and started by `init`.
+    """
+    held = {stack.uid: stack for stack in rack.stacks} | (own or {})
     new = [s.uid for s in spec.stacks if s.uid not in held]
     stacks = [held.get(s.uid) or Stack.from_spec(s, i) for i, s in enumerate(spec.stacks)]
-    grown = Rack(replace(spec), seed=seed, stacks=[stack.to(rack.device) for stack in stacks])
+    grown = Rack(spec, seed=seed, stacks=[stack.to(rack.device) for stack in stacks])
     for name in ("embedding", "positions", "tail", "norm"):
         setattr(grown, name, getattr(rack, name))
     grown.head = rack.head

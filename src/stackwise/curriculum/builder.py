@@ -1,0 +1,269 @@
+"""ProgressiveRackBuilder: a rack that grows at either end under one's own hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stackwise.config.errors import ConfigError, Problem
+from stackwise.curriculum.growth import adopt, next_build_index
+from stackwise.curriculum.split import apply_training
+from stackwise.model.block import Stack
+from stackwise.model.describe import block_spec, rack_spec
+from stackwise.model.files import load_tensors, save_tensors
+from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec, StackSpec
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+PRECISIONS = ("full",)
+
+
+class ProgressiveRackBuilder:
+    """Builds a rack stack by stack.
+
+    Give a config, or dimensions, or both if they agree (else ValueError); neither is a TypeError. `build_rack` always
+    returns the current rack; its modules stay the same across growth, so what was trained stays trained.
+    """
+
+    def __init__(
+        self,
+        config: StackWiseConfig | None = None,
+        building_mode: str | None = None,
+        default_precision: str = "full",
+        *,
+        vocab_size: int | None = None,
+        d_model: int | None = None,
+        d_ff: int | None = None,
+        n_heads: int | None = None,
+        **dimensions: Any,
+    ) -> None:
+        given: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "d_ff": d_ff,
+            "n_heads": n_heads,
+            **dimensions,
+        }
+        self.config = _config_of(config, {key: value for key, value in given.items() if value is not None})
+        self.building_mode = _checked_mode(building_mode or self.config.training.progressive.building_mode)
+        self.default_precision = _checked_precision(default_precision)
+        self._base = rack_spec(self.config, 0)
+        self._rack: Rack | None = None
+
+    # --- growth ------------------------------------------------------------------------------------------------
+
+    @property
+    def max_stacks(self) -> int:
+        return self.config.training.progressive.max_stacks
+
+    @property
+    def n_stacks(self) -> int:
+        return 0 if self._rack is None else len(self._rack.stacks)
+
+    def append_stack(
+        self, stack: Stack | None = None, n_blocks: int | None = None, precision: str | None = None
+    ) -> Stack:
+        """Add a stack at the right end, next to the head. The first starts random, later ones by `new_stack_init`.
+
+        `stack`: a module of your own to add as it is. More than `max_stacks`, another width, n_blocks < 1 or an
+        unknown precision: ValueError.
+        """
+        return self._add(stack, n_blocks, precision, at_left=False)
+
+    def prepend_stack(
+        self, stack: Stack | None = None, n_blocks: int | None = None, precision: str | None = None
+    ) -> Stack:
+        """Add a stack at the left end, next to the embedding; otherwise like `append_stack`."""
+        return self._add(stack, n_blocks, precision, at_left=True)
+
+    def _add(self, stack: Stack | None, n_blocks: int | None, precision: str | None, at_left: bool) -> Stack:
+        _checked_precision(precision or self.default_precision)
+        if self.n_stacks >= self.max_stacks:
+            raise ValueError(
+                f"the rack has {self.n_stacks} stacks and training.progressive.max_stacks is {self.max_stacks}; raise it"
+            )
+        spec = self._base if self._rack is None else self._rack.spec
+        index = next_build_index(spec)
+        if stack is not None:
+            if stack.d_model != spec.d_model:
+                raise ValueError(f"the stack is {stack.d_model} wide, the rack {spec.d_model}")
+            stack.build_index, stack.uid = index, f"s{index}"
+            new = stack.spec
+        else:
+            count = self.config.model.architecture.blocks_per_stack if n_blocks is None else n_blocks
+            if count < 1:
+                raise ValueError(f"n_blocks must be at least 1, got {count}")
+            new = StackSpec(f"s{index}", (block_spec(self.config.model),) * count, index)
+        grown = spec.with_stacks([new, *spec.stacks] if at_left else [*spec.stacks, new])
+        self._rack = self._build(grown, new.uid, stack)
+        return self._rack.stacks[0 if at_left else -1]
+
+    def _build(self, spec: RackSpec, uid: str, own: Stack | None) -> Rack:
+        seed = self.config.training.seed
+        if self._rack is None:
+            rack = Rack(spec, seed=seed)
+            if own is not None:
+                rack = Rack(spec, seed=seed, stacks=[own])
+            return rack
+        if own is None:
+            return adopt(self._rack, spec, self.config.training.progressive.new_stack_init, seed)
+        return adopt(self._rack, spec, "random", seed, own={uid: own})
+
+    def build_rack(self) -> Rack:
+        """The current rack, the same object until the next growth. No stacks yet: ValueError."""
+        if self._rack is None:
+            raise ValueError("the builder has no stacks yet; call append_stack() first")
+        return self._rack
+
+    def replace_rack(self, rack: Rack) -> None:
+        """Take over a rack that a trainer has grown."""
+        self._rack = rack
+
+    # --- freezing ----------------------------------------------------------------------------------------------
+
+    def freeze_trunk(self, stack_indices: int | Iterable[int] | slice | None = None) -> list[int]:
+        """Freeze the stacks at these positions (null: all but the newest) and return them.
+
+        Everything else trains: the other stacks, tail, norm and head, and the embedding only when no stack is frozen.
+        A position outside the rack is an IndexError.
+        """
+        rack = self.build_rack()
+        positions = self._positions(stack_indices)
+        units = {f"stack:{s.uid}" for i, s in enumerate(rack.stacks) if i not in positions}
+        units |= {"tail", "norm"} | (set() if positions else {"embedding"})
+        if not rack.is_tied or not positions:
+            units.add("head")
+        apply_training(rack, units)
+        return positions
+
+    def _positions(self, given: int | Iterable[int] | slice | None) -> list[int]:
+        rack = self.build_rack()
+        count = len(rack.stacks)
+        if given is None:
+            newest = max(range(count), key=lambda i: rack.stacks[i].build_index)
+            return [i for i in range(count) if i != newest]
+        if isinstance(given, slice):
+            return list(range(count))[given]
+        listed = [given] if isinstance(given, int) else list(given)
+        for i in listed:
+            if not -count <= i < count:
+                raise IndexError(f"stack {i} of a rack of {count} stacks")
+        return sorted({i % count for i in listed})
+
+    # --- facts -------------------------------------------------------------------------------------------------
+
+    def get_stack_info(self, stack_idx: int) -> dict[str, Any]:
+        """What the stack at a position is: names, sizes, precision, whether it is frozen."""
+        rack = self.build_rack()
+        self._positions(stack_idx)
+        stack = rack.stacks[stack_idx]
+        trainable = sum(p.numel() for p in stack.parameters() if p.requires_grad)
+        first = next(stack.parameters())
+        return {
+            "stack_idx": stack.stack_id,
+            "uid": stack.uid,
+            "build_index": stack.build_index,
+            "n_blocks": len(stack.blocks),
+            "precision": self.default_precision,
+            "weight_format": str(first.dtype).removeprefix("torch."),
+            "frozen": trainable == 0,
+            "total_parameters": sum(p.numel() for p in stack.parameters()),
+            "trainable_parameters": trainable,
+            "bytes": sum(p.nbytes for p in stack.parameters()),
+        }
+
+    def get_rack_info(self) -> dict[str, Any]:
+        """What the rack is, with one entry per stack."""
+        return {
+            "current_stacks": self.n_stacks,
+            "max_stacks": self.max_stacks,
+            "building_mode": self.building_mode,
+            "default_precision": self.default_precision,
+            "stack_info": [self.get_stack_info(i) for i in range(self.n_stacks)],
+        }
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def save_stack(self, stack_idx: int, path: str | Path) -> Path:
+        """Write one stack as a safetensors file with its description; returns the path."""
+        rack = self.build_rack()
+        self._positions(stack_idx)
+        stack = rack.stacks[stack_idx]
+        spec = RackSpec.to_dict(rack.spec.with_stacks([stack.spec]))["stacks"][0]
+        return save_tensors(path, stack.state_dict(), {"kind": "stack", "spec": json.dumps(spec)})
+
+    def load_stack(self, stack_idx: int, path: str | Path) -> bool:
+        """Load the weights of a saved stack into the stack at a position. Any mismatch lists the tensors: ValueError."""
+        rack = self.build_rack()
+        self._positions(stack_idx)
+        tensors, _ = load_tensors(path, kind="stack")
+        _load(rack.stacks[stack_idx], tensors, path)
+        return True
+
+    def save_rack(self, path: str | Path) -> Path:
+        """Write the whole rack as one safetensors file with its description; returns the path."""
+        rack = self.build_rack()
+        return save_tensors(
+            path, rack.state_dict(), {"kind": "rack", "spec": json.dumps(rack.spec.to_dict())}
+        )
+
+    def load_rack(self, path: str | Path) -> bool:
+        """Load a saved rack; an empty builder takes its description, another must have the same shape (ValueError)."""
+        tensors, facts = load_tensors(path, kind="rack")
+        if self._rack is None:
+            self._rack = Rack(RackSpec.from_dict(json.loads(facts["spec"])))
+        _load(self._rack, tensors, path)
+        return True
+
+
+@torch.no_grad()
+def _load(module: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy tensors by name; every missing, extra or misshapen one is listed in one ValueError."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, needed {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit: " + "; ".join(sorted(problems)))
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def _config_of(config: StackWiseConfig | None, given: dict[str, Any]) -> StackWiseConfig:
+    from stackwise.config.root import StackWiseConfig
+
+    if config is None and not given:
+        raise TypeError("give a config, or dimensions: vocab_size, d_model, d_ff, n_heads")
+    if config is None:
+        return StackWiseConfig.from_dict({"model": given})
+    for key, value in given.items():
+        held = getattr(config.model, key)
+        if held not in (None, value):
+            raise ValueError(f"{key}={value} contradicts the config's model.{key}={held}")
+    if not given:
+        return config
+    model = config.model.model_copy(update=given)
+    return config.model_copy(update={"model": model})
+
+
+def _checked_mode(mode: str) -> str:
+    if mode not in ("append", "prepend"):
+        raise ConfigError([Problem("building_mode", "is unknown", mode, "append, prepend")])
+    return mode
+
+
+def _checked_precision(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    return precision
