@@ -1,0 +1,220 @@
+"""``metrics.jsonl``: one JSON object per line and per event, appended by one writer, cut on resume.
+
+JSON has no NaN: a number that is not finite is written as the string "NaN", "Infinity" or "-Infinity" and comes
+back as a float. The events are in the order of training, so ``step`` never falls from one line to the next; an event
+without a step belongs to the step of the event before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stackwise.tracking.events import FIELDS, EventError, check_event
+
+__all__ = ["FILE_NAME", "MetricsError", "MetricsFile", "MetricsLog", "read_metrics"]
+
+FILE_NAME = "metrics.jsonl"
+
+# After these the line must survive a power cut: a commit, or the end of something, has been announced.
+_DURABLE = {"checkpoint", "stage_end", "run_end"}
+
+
+class MetricsError(ValueError):
+    """``metrics.jsonl`` cannot be used as it is; the message names the line and the way out."""
+
+
+@dataclass
+class MetricsLog:
+    """What a metrics file holds. ``torn``: the last line was cut off in mid-write and is not in ``events``."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    torn: bool = False
+
+
+@dataclass
+class _Line:
+    number: int
+    end: int  # byte offset just after the line
+    event: dict[str, Any] | None
+    problem: str = ""
+
+
+def read_metrics(path: str | Path, *, strict: bool = True) -> MetricsLog:
+    """Read a metrics file, or the one in a run folder.
+
+    A torn last line (a process or machine that died while writing) is left out and reported as ``torn``. Any other
+    line that is not an event raises ``MetricsError``; with ``strict=False`` it is left out and described in
+    ``problems``. A missing file raises ``FileNotFoundError``.
+    """
+    path = _file(path)
+    log = MetricsLog()
+    lines = list(_lines(path))
+    for line in lines:
+        if line.event is not None:
+            log.events.append(line.event)
+        elif line is lines[-1]:
+            log.torn = True
+        else:
+            message = f"{path.name} line {line.number}: {line.problem}"
+            if strict:
+                raise MetricsError(
+                    f"{path} line {line.number}: {line.problem}. The other lines are intact: "
+                    f"delete line {line.number} and run the command again."
+                )
+            log.problems.append(message)
+    return log
+
+
+class MetricsFile:
+    """The sink that appends events to ``metrics.jsonl`` in a run folder.
+
+    Opening an existing file drops a torn last line and takes up after the rest. Every event is flushed; after
+    checkpoints and at the ends of stages and of the run the file is also synced to disk. Events whose step falls
+    behind raise ``MetricsError``: the caller resumed without ``cut_after``.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = _file(Path(run_dir) / FILE_NAME)
+        self._last_step = 0
+        self._last_logged_step = 0  # of "step" events, which must rise strictly
+        if self.path.exists():
+            self._truncate(self._scan(None))
+        self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Append one event and flush it."""
+        step = event.get("step")
+        if step is not None:
+            repeated = event["event"] == "step" and step == self._last_logged_step
+            if step < self._last_step or repeated:
+                raise MetricsError(
+                    f"{self.path}: event {event['event']!r} of step {step} after one of step {self._last_step}. "
+                    "A resumed run must first call cut_after(step of the checkpoint)."
+                )
+            self._note_step(event)
+        line = json.dumps(_encode(event), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        # errors="backslashreplace": a lone surrogate in a sample must not end the run
+        self._file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
+        self._file.flush()
+        if event["event"] in _DURABLE:
+            os.fsync(self._file.fileno())
+
+    def cut_after(self, step: int) -> int:
+        """Drop every event of a step later than ``step``, return how many; the remaining bytes are untouched.
+
+        ``cut_after(0)`` keeps what came before the first step.
+        """
+        self._file.flush()
+        before = sum(1 for _ in _lines(self.path))
+        self._truncate(self._scan(step))
+        return before - sum(1 for _ in _lines(self.path))
+
+    def size(self) -> int:
+        """Bytes written so far; `cut_at` goes back to this point."""
+        return self._file.tell()
+
+    def cut_at(self, size: int) -> None:
+        """Drop everything written after the file was `size` bytes long; a shorter file is left as it is."""
+        self._file.flush()
+        if self.path.stat().st_size > size:
+            self._truncate(size)
+        self._truncate(self._scan(None))
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Sync and close; closing twice is allowed."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def _scan(self, last_step: int | None) -> int:
+        """Byte offset after the last event to keep (of step <= ``last_step``); sets the step counters."""
+        self._last_step = self._last_logged_step = 0
+        keep = 0
+        lines = list(_lines(self.path))
+        for line in lines:
+            if line.event is None:
+                if line is lines[-1]:
+                    break
+                raise MetricsError(
+                    f"{self.path} line {line.number}: {line.problem}. The checkpoints are not affected and the other "
+                    f"lines are intact: delete line {line.number} and run the command again."
+                )
+            step = line.event.get("step")
+            if step is not None:
+                if last_step is not None and step > last_step:
+                    break
+                self._note_step(line.event)
+            keep = line.end
+        return keep
+
+    def _note_step(self, event: Mapping[str, Any]) -> None:
+        self._last_step = event["step"]
+        if event["event"] == "step":
+            self._last_logged_step = event["step"]
+
+    def _truncate(self, size: int) -> None:
+        # Shortening in place is one metadata operation: a crash leaves the old length or the new one.
+        if self.path.stat().st_size != size:
+            with open(self.path, "r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    end = 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            end += len(raw)
+            if not raw.endswith(b"\n"):
+                yield _Line(number, end, None, "the line does not end")
+                return
+            event, problem = _parse(raw)
+            yield _Line(number, end, event, problem)
+
+
+def _parse(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    try:
+        event = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON ({error})"
+    if not isinstance(event, dict):
+        return None, "not a JSON object"
+    event = _decode(event)
+    try:
+        check_event(event)
+    except EventError as error:
+        return None, str(error)
+    return event, ""
+
+
+def _encode(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _spell(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in event.items()
+    }
+
+
+def _spell(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _decode(event: dict[str, Any]) -> dict[str, Any]:
+    fields = FIELDS.get(str(event.get("event")), {})
+    for name, wanted in fields.items():
+        if wanted.startswith("float") and event.get(name) in ("NaN", "Infinity", "-Infinity"):
+            event[name] = float(event[name])
+    return event

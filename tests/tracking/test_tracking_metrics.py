@@ -1,0 +1,140 @@
+"""metrics.jsonl: exact cuts, torn lines, one rising step, numbers that JSON does not know."""
+
+import json
+import math
+
+import pytest
+
+from stackwise.tracking.metrics import MetricsError, MetricsFile, read_metrics
+
+
+def write(folder, events):
+    sink = MetricsFile(folder)
+    for event in events:
+        sink.emit(event)
+    sink.close()
+    return sink.path
+
+
+@pytest.fixture
+def events(run_events):
+    return run_events(n_stacks=2, stage_steps=20, log_every=2)
+
+
+def test_what_is_written_is_read_back(tmp_path, events):
+    path = write(tmp_path, events)
+    assert read_metrics(tmp_path).events == read_metrics(path).events == events
+    assert len(path.read_text("utf-8").splitlines()) == len(events)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 19, 20, 21, 37, 40, 60, 99])
+def test_a_cut_and_repeated_run_equals_the_uninterrupted_one_byte_for_byte(tmp_path, events, step):
+    whole = write(tmp_path, events).read_bytes()
+    sink = MetricsFile(tmp_path)
+    dropped = sink.cut_after(step)
+    kept = read_metrics(tmp_path).events
+    assert kept == events[: len(events) - dropped]
+    assert all(event.get("step", 0) <= step for event in kept)
+    rest = events[len(kept) :]
+    assert not rest or rest[0]["step"] > step
+    for event in rest:
+        sink.emit(event)
+    sink.close()
+    assert sink.path.read_bytes() == whole
+
+
+def test_an_event_without_a_step_goes_with_the_one_before_it(tmp_path, events):
+    note = {"event": "note", "time": 1.0, "message": "slow disk"}
+    at = next(i for i, event in enumerate(events) if event.get("step") == 6) + 1
+    write(tmp_path, [*events[:at], note, *events[at:]])
+    sink = MetricsFile(tmp_path)
+    sink.cut_after(6)
+    assert read_metrics(tmp_path).events[-1] == note
+    sink.cut_after(5)
+    sink.close()
+    assert note not in read_metrics(tmp_path).events
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"event":"note","ti', b"\0\0\0\0", b"\0" * 40 + b"\n", b'{"event":"note"}\n']
+)
+def test_a_torn_last_line_is_left_out_and_then_dropped(tmp_path, events, tail):
+    path = write(tmp_path, events)
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    log = read_metrics(path)
+    assert log.torn
+    assert log.events == events
+    MetricsFile(tmp_path).close()
+    assert path.read_bytes() == whole
+
+
+def test_every_truncation_of_the_file_can_be_read_and_continued(tmp_path, events):
+    events = events[:6]
+    path = write(tmp_path, events)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 13):
+        path.write_bytes(whole[:size])
+        kept = read_metrics(path).events
+        assert kept == events[: len(kept)]
+        write(tmp_path, events[len(kept) :])
+        assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_in_the_middle_is_named_not_skipped(tmp_path, events):
+    path = write(tmp_path, events)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3][:-20] + b"\n"
+    path.write_bytes(b"".join(lines))
+    for use in (read_metrics, lambda path: MetricsFile(path.parent)):
+        with pytest.raises(MetricsError, match=r"metrics\.jsonl line 4: not JSON .*delete line 4"):
+            use(path)
+    log = read_metrics(path, strict=False)
+    assert log.events == events[:3] + events[4:]
+    assert log.problems[0].startswith("metrics.jsonl line 4: not JSON")
+
+
+def test_steps_that_fall_back_are_refused(tmp_path, events):
+    path = write(tmp_path, events)
+    before = path.read_bytes()
+    sink = MetricsFile(tmp_path)
+    step = next(event for event in events if event["event"] == "step")
+    with pytest.raises(MetricsError, match=r"of step 2 after one of step 60.*cut_after"):
+        sink.emit(step)
+    sink.close()
+    assert path.read_bytes() == before
+
+
+def test_the_same_step_is_logged_once(tmp_path, run_events):
+    events = run_events(n_stacks=1, stage_steps=4, log_every=2)
+    step = next(event for event in events if event["event"] == "step")
+    sink = MetricsFile(tmp_path)
+    sink.emit(step)
+    with pytest.raises(MetricsError):
+        sink.emit(step)
+    sink.cut_after(0)
+    sink.emit(step)
+    sink.close()
+
+
+def test_numbers_that_are_not_finite_make_valid_json_and_come_back(tmp_path, run_events):
+    end = {**run_events()[-1], "final_loss": math.nan, "seconds": math.inf, "flops": -math.inf}
+    path = write(tmp_path, [end])
+    raw = json.loads(path.read_text("utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (raw["final_loss"], raw["seconds"], raw["flops"]) == ("NaN", "Infinity", "-Infinity")
+    back = read_metrics(path).events[0]
+    assert math.isnan(back["final_loss"])
+    assert (back["seconds"], back["flops"]) == (math.inf, -math.inf)
+
+
+def test_any_text_is_one_line(tmp_path):
+    text = "naïve\r\n\u2028 \x1b[31m \0 \ud800 end"
+    event = {"event": "sample", "time": 1.0, "step": 1, "stage": 0, "prompt": "", "text": text}
+    path = write(tmp_path, [event])
+    assert path.read_bytes().count(b"\n") == 1
+    assert read_metrics(path).events[0]["text"] == text
+
+
+def test_no_file_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_metrics(tmp_path / "metrics.jsonl")
