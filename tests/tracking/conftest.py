@@ -127,7 +127,7 @@ def _events(
             yield evaluate(i, "after_growth", loss + 0.01)
         floor = 1.9 + 1.1 / (i + 1)
         first = None
-        begin = seconds
+        begin, begin_flops = seconds, flops
         per_step = (2 * stage["params"] + 4 * stage["trainable_params"]) * batch_tokens / 6e10
         for k in range(1, stage["steps"] + 1):
             step, tokens = step + 1, tokens + batch_tokens
@@ -181,8 +181,8 @@ def _events(
             loss_last=round(loss, 6),
             eval_loss=round(evaluation, 6),
             seconds=round(seconds - begin, 3),
-            tokens=tokens,
-            flops=flops,
+            tokens=batch_tokens * stage["steps"],
+            flops=flops - begin_flops,
             trainable_params=stage["trainable_params"],
             bytes={**items, "total": sum(items.values())},
         )
@@ -191,7 +191,7 @@ def _events(
         "run_end",
         step=step,
         seconds=round(seconds, 3),
-        final_loss=round(loss, 6),
+        final_loss=round(evaluation, 6),
         status=status,
         tokens=tokens,
         flops=flops,

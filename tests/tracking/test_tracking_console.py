@@ -66,7 +66,7 @@ def test_samples_checkpoints_notes_and_the_end_have_their_lines(run_events):
     assert "  │ def read(self, size=-1):\n  │     return self.buffer\n" in text
     assert "saved step 20  5.16 MB written  0.04 s" in text
     assert "note slow disk" in text
-    assert text.splitlines()[-1].startswith("done  20 steps · loss ")
+    assert text.splitlines()[-1].startswith("done  20 steps · final loss ")
 
 
 def test_text_of_a_model_cannot_drive_the_terminal(run_events):

@@ -43,6 +43,28 @@ def test_a_cut_and_repeated_run_equals_the_uninterrupted_one_byte_for_byte(tmp_p
     assert sink.path.read_bytes() == whole
 
 
+def test_a_cut_at_a_size_goes_back_to_that_very_point(tmp_path, events):
+    sink = MetricsFile(tmp_path)
+    sizes = []
+    for event in events:
+        sizes.append(sink.size())
+        sink.emit(event)
+    whole = sink.path.read_bytes()
+    assert sink.size() == len(whole)
+    for at in (len(events) - 1, 7, 3, 0):
+        sink.cut_at(sizes[at])
+        assert read_metrics(tmp_path).events == events[:at]
+        assert sink.size() == sizes[at]
+    for event in events:
+        sink.emit(event)
+    assert sink.path.read_bytes() == whole
+    sink.cut_at(sizes[5] + 3)  # inside a line: the rest of it goes too
+    assert sink.path.read_bytes() == whole[: sizes[5]]
+    sink.cut_at(10**9)
+    sink.close()
+    assert sink.path.read_bytes() == whole[: sizes[5]]
+
+
 def test_an_event_without_a_step_goes_with_the_one_before_it(tmp_path, events):
     note = {"event": "note", "time": 1.0, "message": "slow disk"}
     at = next(i for i, event in enumerate(events) if event.get("step") == 6) + 1

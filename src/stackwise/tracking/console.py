@@ -157,7 +157,7 @@ class ConsoleProgress:
             self._print((f"saved step {event['step']}  {written}  {event['seconds']:.2f} s", ""))
 
     def _on_note(self, event: Mapping[str, Any]) -> None:
-        self._print(("note ", "yellow"), (units.printable(event["message"]), ""))
+        self._print(("note ", "yellow"), (units.printable(event["message"]), "dim"))
 
     def _on_stage_end(self, event: Mapping[str, Any]) -> None:
         arrow = "->" if self._ascii else "→"
@@ -174,7 +174,7 @@ class ConsoleProgress:
         style = {"done": "bold green", "stopped": "bold yellow", "failed": "bold red"}[event["status"]]
         facts = [
             f"{units.steps(event['step'])} steps",
-            f"loss {units.loss(event['final_loss'])}",
+            f"final loss {units.loss(event['final_loss'])}",
             f"{units.count(event['tokens'])} tokens",
             units.flops(event["flops"]),
             f"{units.duration(event['seconds'])} of training",

@@ -2,9 +2,10 @@
 
 An event is a flat JSON-able dict with ``event`` (its kind) and ``time`` (seconds since 1970). The kinds and
 their fields are the table ``FIELDS``; this is also the format of ``metrics.jsonl``. Units: losses in nats per
-token, ``tokens`` and ``flops`` cumulative over the run, ``seconds`` of training (cumulative in ``step``, ``eval``,
-``stage_end`` of the stage alone, ``run_end`` of the run), sizes in bytes. ``step`` is global and 1-based,
-``stage`` 0-based. In an ``eval`` around a growth, ``stage`` is the stage that begins.
+token, sizes in bytes, ``seconds`` of training. ``tokens``, ``flops`` and ``seconds`` count the run so far, in
+``stage_end`` the stage alone. ``step`` is global and 1-based, ``stage`` 0-based. In an ``eval`` around a growth,
+``stage`` is the stage that begins. ``final_loss`` is the last validation loss, or the last training loss of a run
+without evaluation. A note just before ``run_end`` says why a run failed.
 """
 
 from __future__ import annotations

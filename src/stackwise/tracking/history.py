@@ -62,6 +62,7 @@ class RunHistory:
     samples: list[Event] = field(default_factory=list)
     checkpoints: list[Event] = field(default_factory=list)
     notes: list[Event] = field(default_factory=list)
+    last_words: list[Event] = field(default_factory=list)  # the notes that nothing but run_end followed
     starts: int = 0  # 1 + the number of times the run was resumed
     first_time: float | None = None  # unix seconds
 
@@ -90,6 +91,10 @@ class RunHistory:
             elif kind == "note":
                 run.notes.append(event)
             run.end = event if kind == "run_end" else None
+            if kind == "note":
+                run.last_words.append(event)
+            elif kind != "run_end":
+                run.last_words.clear()
             if "stage" in event:
                 stage = stages.setdefault(event["stage"], StageHistory(event["stage"]))
                 if kind == "stage_start":
@@ -136,9 +141,7 @@ class RunHistory:
 
     @property
     def loss(self) -> float | None:
-        """The last training loss, nats per token."""
-        if self.end and self.end["final_loss"] is not None:
-            return self.end["final_loss"]
+        """The last training loss logged, nats per token."""
         return self.steps[-1]["loss"] if self.steps else None
 
     @property

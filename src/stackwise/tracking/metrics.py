@@ -114,6 +114,7 @@ class MetricsFile:
         self._file.flush()
         before = sum(1 for _ in _lines(self.path))
         self._truncate(self._scan(step))
+        self._file.seek(0, os.SEEK_END)
         return before - sum(1 for _ in _lines(self.path))
 
     def size(self) -> int:

@@ -273,8 +273,6 @@ def _bands(axes: Axes, run: RunHistory, against: str) -> None:
     begin, bands = 0.0, []
     for stage in stages:
         end = float(stage.steps[-1][against])
-        if stage.end is not None and against in stage.end:
-            end = max(end, float(stage.end[against]))
         bands.append((stage, begin, end))
         begin = end
     total = begin or 1.0

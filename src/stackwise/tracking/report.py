@@ -98,8 +98,8 @@ def _notices(run: RunHistory, log: MetricsLog) -> str:
     notices = [f"Left out, because it cannot be read: {problem}" for problem in log.problems]
     if log.torn:
         notices.append("The last line of metrics.jsonl was cut off while it was written and is left out.")
-    if run.status == "failed" and run.notes:
-        notices.append(run.notes[-1]["message"])
+    if run.status == "failed":
+        notices += [event["message"] for event in run.last_words]
     if not run.steps:
         notices.append("No training step has been logged yet.")
     return "\n".join(f'<p class="notice">{_text(notice)}</p>' for notice in notices)
