@@ -1,0 +1,71 @@
+"""Shared by all tests: one thread, no network, and a run small enough for a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, text_file: Path) -> Callable[..., Any]:
+    """Make a config of a tiny append run; keyword arguments are dotted keys with `__` for the dots."""
+    from stackwise.config.root import StackWiseConfig
+
+    base: dict[str, Any] = {
+        "model.d_model": 16,
+        "model.n_heads": 2,
+        "model.max_seq_len": 64,
+        "model.architecture.n_stacks": 3,
+        "model.architecture.blocks_per_stack": 1,
+        "training.batch_size": 3,
+        "training.seq_len": 16,
+        "training.max_steps": 5,
+        "training.run_id": "tiny",
+        "training.dtype": "float32",
+        "training.device": "cpu",
+        "training.optimizer.lr": 3e-3,
+        "data.source": "text",
+        "data.path": str(text_file),
+        "data.tokenizer": "char",
+        "checkpoint.dir": str(tmp_path / "runs"),
+        "checkpoint.save_interval": 3,
+        "evaluation.batches": 1,
+        "tracking.log_interval": 1,
+        "tracking.report": False,
+        "generation.max_new_tokens": 2,
+    }
+
+    def make(**changes: Any) -> StackWiseConfig:
+        data: dict[str, Any] = {}
+        for key, value in {**base, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
+            *sections, name = key.split(".")
+            level = data
+            for section in sections:
+                level = level.setdefault(section, {})
+            level[name] = value
+        return StackWiseConfig.from_dict(data)
+
+    return make
