@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -63,8 +64,7 @@ class RunFolder:
                     f"{run.path} already holds a run. Continue it with checkpoint.resume=auto, replace it with "
                     "checkpoint.overwrite=true, or choose another training.run_id"
                 )
-            for old in run._all():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+            run.remove()
         run.path.mkdir(parents=True, exist_ok=True)
         return run
 
@@ -106,6 +106,16 @@ class RunFolder:
                 except FileNotFoundError:
                     continue
         return total
+
+    def remove(self) -> None:
+        """Delete the files of the run, and only those; then the folder, if nothing else is in it.
+
+        The caller makes sure that no other process is training there.
+        """
+        for old in self._all():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            self.path.rmdir()
 
     def _all(self) -> list[Path]:
         return [

@@ -202,7 +202,7 @@ def _crop_loss(axes: Axes, run: RunHistory) -> None:
     evals = [event["loss"] for event in run.evals if event["step"] > 0 and math.isfinite(event["loss"])]
     if not losses:
         return
-    high = max([losses[int(0.96 * (len(losses) - 1))], *evals])
+    high = max([losses[int(0.9 * (len(losses) - 1))], *evals])
     low = min([losses[0], *evals])
     margin = 0.08 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + 2.5 * margin)  # the names of the stages stand in the upper margin
