@@ -132,22 +132,13 @@ def train(
         except Interrupted:
             status = "stopped"
             raise
+        except Exception as error:
+            tracker.emit({"event": "note", "message": str(error) or type(error).__name__})
+            raise
         finally:
-            p = engine.progress
-            tracker.emit(
-                {
-                    "event": "run_end",
-                    "step": p.step,
-                    "seconds": p.seconds,
-                    "final_loss": p.eval_loss if p.eval_loss is not None else p.loss_last,
-                    "status": status,
-                    "tokens": p.tokens,
-                    "flops": p.flops,
-                    "peak_rss_bytes": peak_rss_bytes(),
-                }
-            )
-    if resolved.tracking.report if report is None else report:
-        build_report(folder.path)
+            _close(engine, tracker, status)
+            if resolved.tracking.report if report is None else report:
+                build_report(folder.path)
     return _result(engine, folder, commit)
 
 
@@ -392,6 +383,22 @@ def _announce(
     text = f"data: {train_tokens:,} tokens to train on, {held_out:,} held out ({config.data.source})"
     for message in (text, *(str(d) for d in derived), *notes):
         tracker.emit({"event": "note", "message": message})
+
+
+def _close(engine: Engine, tracker: Tracker, status: str) -> None:
+    p = engine.progress
+    tracker.emit(
+        {
+            "event": "run_end",
+            "step": p.step,
+            "seconds": p.seconds,
+            "final_loss": p.eval_loss if p.eval_loss is not None else p.loss_last,
+            "status": status,
+            "tokens": p.tokens,
+            "flops": p.flops,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+    )
 
 
 def _result(engine: Engine, folder: RunFolder, commit: Commit | None) -> dict[str, Any]:
