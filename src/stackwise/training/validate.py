@@ -1,4 +1,4 @@
-"""The loss of a rack over a fixed list of batches."""
+"""The held-out loss: summed over all targets, so that it does not depend on how rows are batched."""
 
 from __future__ import annotations
 
@@ -10,33 +10,29 @@ from torch import Tensor
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.causal import CausalLM
+from stackwise.training.device import computing_in
 
 
+# no_grad and not inference_mode: what a module of the user's caches here must still serve training
+@torch.no_grad()
 def validate(
     rack: Rack,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    objective: CausalLM | None = None,
     dtype: torch.dtype = torch.float32,
     rows_per_chunk: int | None = None,
 ) -> tuple[float, int]:
-    """(sum of the negative log likelihoods in nats, number of scored tokens) over all batches.
+    """Sum of the next-token losses (nats) over all batches, and the number of targets.
 
-    Batches are those of `data.packing`, on any device. `dtype` other than float32 runs under autocast; in float32
-    the sum does not depend on how rows are batched, up to rounding. The rack runs in eval mode and is left as it was.
-    Batches without a single target are a ValueError.
+    Batches are those of `data.packing`, on any device. Runs in eval mode and leaves every module in the mode it was
+    in. `dtype` is the compute dtype (autocast); in float32 the sum does not depend on how rows are batched, up to
+    rounding. Batches without a single target are a ValueError.
     """
-    objective = objective or CausalLM()
-    device = rack.device
-    nll, tokens = 0.0, 0
-    # no_grad and not inference_mode: what a module of the user's caches here must still serve training
-    with (
-        torch.no_grad(),
-        eval_mode(rack),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-    ):
+    objective, total, count = CausalLM(), 0.0, 0
+    with eval_mode(rack), computing_in(dtype, rack.device):
         for batch in batches:
-            example = objective.corrupt({name: tensor.to(device) for name, tensor in batch.items()})
+            moved = {key: value.to(rack.device, non_blocking=True) for key, value in batch.items()}
+            example = objective.corrupt(moved)
             hidden = rack.forward_features(
                 example.input_ids,
                 example.attention_mask,
@@ -44,8 +40,8 @@ def validate(
                 document_ids=example.document_ids,
             )
             loss, weight = objective.loss(hidden, rack.head.matrix, example, rows_per_chunk)
-            nll += float(loss)
-            tokens += int(weight)
-    if not tokens:
+            total += float(loss)
+            count += int(weight)
+    if not count:
         raise ValueError("there is nothing to validate on: no batch has a token with a target")
-    return nll, tokens
+    return total, count
