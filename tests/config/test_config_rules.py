@@ -53,6 +53,7 @@ BROKEN = [
         "needs one number per stack, 2 in all, got [1.0, 2.0, 3.0]",
     ),
     ("model: {attention_preset: bert_style}", "model.attention_preset", "clm needs causal attention"),
+    ("model: {short_conv: 1}", "model.short_conv", "covers no earlier token"),
     (
         "model: {attention_preset: custom, attention_custom: {qk_norm: true}}",
         "model.attention_preset",

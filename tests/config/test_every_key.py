@@ -111,6 +111,7 @@ PROOFS: dict[str, Proof] = {
     "model.rope_theta": rack(500.0),
     "model.tie_embeddings": rack(True),
     "model.residual_gain": rack(0.5),
+    "model.short_conv": rack(3),
     "model.zero_init_outputs": rack(True),
     "training.max_steps": course(7),
     "training.epochs_per_stack": course(2),

@@ -214,6 +214,21 @@ def clm_needs_causal_attention(config: StackWiseConfig) -> Problem | None:
     )
 
 
+@rule("model.short_conv", "model.attention_preset", "model.attention_overrides.attention_mode")
+def short_conv_needs_width_and_causality(config: StackWiseConfig) -> Problem | None:
+    width = config.model.short_conv
+    if width == 1:
+        return Problem("model.short_conv", "covers no earlier token", width, "0, or 2 and more")
+    if width and config.model.attention["attention_mode"] != "causal":
+        return Problem(
+            "model.short_conv",
+            "looks at earlier tokens only, so it needs causal attention",
+            width,
+            hint="set it to 0 for a bidirectional model",
+        )
+    return None
+
+
 @rule("training.progressive.new_stack_init", "model.norm_placement", "training.progressive.enabled")
 def zero_start_needs_pre_norm(config: StackWiseConfig) -> Problem | None:
     progressive = config.training.progressive

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from stackwise.model.block import Block, Stack
-from stackwise.model.init import init_weights
+from stackwise.model.init import Start, init_weights
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec, StackSpec
 
@@ -49,9 +49,8 @@ def start_stack(rack: Rack, uid: str, init: str, seed: int) -> None:
     if init not in INITS:
         raise ValueError(f"new_stack_init must be one of {', '.join(INITS)}, got {init!r}")
     stack = next(s for s in rack.stacks if s.uid == uid)
-    planned = rack.spec.planned_blocks or len(rack.spec.blocks)
     if init == "random":
-        init_weights(stack, seed=seed, planned_blocks=planned, prefix=f"stacks.{uid}.")
+        init_weights(stack, Start.of(rack.spec, seed), prefix=f"stacks.{uid}.")
         return
     tensors = rack.state_dict()
     for new, old in source_names(rack.spec, uid).items():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stackwise.model.cache import BlockCache
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
+from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import BlockSpec, StackSpec
 from stackwise.model.visibility import Visibility
 
@@ -23,6 +24,8 @@ class Context(NamedTuple):
 
 class Block(nn.Module):
     """Attention and feed-forward around a residual stream.
+
+    With `short_conv`, a short causal convolution runs over the input of both.
 
     pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
     Built from the keyword arguments of `BlockSpec`, or from a `spec`. Bad values are ValueErrors, unknown
@@ -40,16 +43,28 @@ class Block(nn.Module):
         self.attn = ATTENTIONS.get(spec.attention_type)(spec)
         self.ffn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
         self.ffn = FEED_FORWARDS.get(spec.ffn_type)(spec)
+        self.attn_conv = ShortConv(spec.d_model, spec.short_conv, "attn") if spec.short_conv else None
+        self.ffn_conv = ShortConv(spec.d_model, spec.short_conv, "ffn") if spec.short_conv else None
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.gain, self.pre = spec.residual_gain, spec.norm_placement == "pre"
         self.requires_grad_(True)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
         if self.pre:
-            x_BTD = self._add(x_BTD, self.attn(self.attn_norm(x_BTD), context, cache))
-            return self._add(x_BTD, self.ffn(self.ffn_norm(x_BTD)))
-        x_BTD = self.attn_norm(self._add(x_BTD, self.attn(x_BTD, context, cache)))
-        return self.ffn_norm(self._add(x_BTD, self.ffn(x_BTD)))
+            x_BTD = self._add(x_BTD, self._attend(self.attn_norm(x_BTD), context, cache))
+            return self._add(x_BTD, self._feed(self.ffn_norm(x_BTD), context, cache))
+        x_BTD = self.attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
+        return self.ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+
+    def _attend(self, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
+        if self.attn_conv is not None:
+            x_BTD = self.attn_conv(x_BTD, context.visibility, cache)
+        return self.attn(x_BTD, context, cache)
+
+    def _feed(self, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
+        if self.ffn_conv is not None:
+            x_BTD = self.ffn_conv(x_BTD, context.visibility, cache)
+        return self.ffn(x_BTD)
 
     def _add(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
         if self.dropout is not None:

@@ -48,6 +48,7 @@ def block_spec(model: ModelSettings) -> BlockSpec:
         dropout=model.dropout,
         residual_gain=1.0 if model.residual_gain is None else model.residual_gain,
         zero_init_outputs=model.zero_init_outputs,
+        short_conv=model.short_conv,
         **_options(model),
     )
 

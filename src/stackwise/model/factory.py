@@ -81,7 +81,7 @@ def create_stack_from_config(
     freeze_blocks: bool = False,
 ) -> Stack:
     """A stack of `n_blocks` blocks as a root or model-level config describes them."""
-    from stackwise.model.init import init_weights
+    from stackwise.model.init import Start, init_weights
     from stackwise.model.settings import ModelSettings
 
     if n_blocks < 1:
@@ -94,7 +94,7 @@ def create_stack_from_config(
         model, seed = root.model, root.training.seed
     block = block_spec(model)
     stack = Stack.from_spec(StackSpec(f"s{stack_id}", (block,) * n_blocks, stack_id), stack_id)
-    init_weights(stack, seed=seed, planned_blocks=n_blocks, prefix=f"stacks.s{stack_id}.")
+    init_weights(stack, Start(seed, n_blocks), prefix=f"stacks.s{stack_id}.")
     if freeze_blocks:
         stack.freeze_all()
     return stack

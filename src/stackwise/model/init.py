@@ -3,11 +3,15 @@
 | tensor                                   | start                                             |
 |------------------------------------------|---------------------------------------------------|
 | linear weights                           | N(0, 1 / fan_in)                                  |
-| output projections (attn.o, ffn.down)    | the same / sqrt(2 * planned blocks); or 0         |
+| output projections (attn.o, ffn.down)    | the same / sqrt(2 * planned blocks); or 0 *       |
 | frozen up projections                    | N(0, 1 / d_model)                                 |
-| embedding, learned positions             | N(0, 1 / d_model): tied logits start near N(0, 1) |
-| head of its own                          | N(0, 0.02^2 * 768 / d_model), near-uniform start  |
+| embedding with a head of its own         | N(0, 1): the residual stream starts at unit rms   |
+| tied embedding, learned positions        | N(0, 1 / d_model): tied logits start near N(0, 1) |
+| head of its own                          | N(0, 0.02^2 * 768 / d_model), near-uniform; or 0 *|
+| short convolutions                       | the identity: first tap 1, others 0               |
 | norm weights; biases                     | 1; 0                                              |
+
+* with `zero_init_outputs`.
 
 Every tensor draws from a generator keyed by (seed, its name), so a rack starts from the same numbers whether it is
 built at once or stack by stack.
@@ -17,9 +21,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from stackwise.model.spec import RackSpec
 
 
 def keyed_generator(seed: int, *key: object) -> torch.Generator:
@@ -28,42 +35,50 @@ def keyed_generator(seed: int, *key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+class Start(NamedTuple):
+    """What the first values depend on besides a tensor's name and shape."""
+
+    seed: int
+    planned_blocks: int
+    tied: bool = False
+
+    @classmethod
+    def of(cls, spec: RackSpec, seed: int) -> Start:
+        return cls(seed, spec.planned_blocks or len(spec.blocks), spec.tied)
+
+
 @torch.no_grad()
-def init_tensor(name: str, tensor: Tensor, *, seed: int, planned_blocks: int, zero_outputs: bool) -> None:
-    """Give one named parameter of a rack its first values, in place."""
+def init_tensor(name: str, tensor: Tensor, start: Start, *, zero_output: bool) -> None:
+    """Give one named parameter of a rack its first values, in place. `zero_output`: an output starts at zero."""
     leaf, owner = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2] if name.count(".") else ""
-    if leaf == "bias":
+    output = owner in ("o", "down", "head")
+    if leaf == "bias" or (output and zero_output):
         tensor.zero_()
     elif tensor.dim() < 2:
         tensor.fill_(1.0)
-    elif owner in ("o", "down") and zero_outputs:
+    elif owner.endswith("_conv"):
         tensor.zero_()
+        tensor[0] = 1.0
     else:
-        if name in ("embedding.weight", "positions.weight"):
-            std = tensor.shape[-1] ** -0.5
-        elif name == "head.weight":
+        std = tensor.shape[-1] ** -0.5
+        if owner == "embedding" and not start.tied:
+            std = 1.0
+        elif owner == "head":
             std = 0.02 * math.sqrt(768 / tensor.shape[-1])
-        else:
-            std = tensor.shape[-1] ** -0.5
-            if owner in ("o", "down"):
-                std /= math.sqrt(2 * max(1, planned_blocks))
+        elif output:
+            std /= math.sqrt(2 * max(1, start.planned_blocks))
         values = torch.empty(tensor.shape, dtype=torch.float32)
-        values.normal_(0.0, std, generator=keyed_generator(seed, name))
+        values.normal_(0.0, std, generator=keyed_generator(start.seed, name))
         tensor.copy_(values)
 
 
-def init_weights(module: nn.Module, *, seed: int, planned_blocks: int, prefix: str = "") -> None:
+def init_weights(module: nn.Module, start: Start, *, prefix: str = "", zero_outputs: bool = False) -> None:
     """Initialise every parameter below `module`; `prefix` is the module's own name inside its rack."""
-    zeroed = {
+    zeroed = [
         f"{path}." if path else ""
         for path, child in module.named_modules()
         if getattr(getattr(child, "spec", None), "zero_init_outputs", False)
-    }
+    ]
     for name, parameter in module.named_parameters():
-        init_tensor(
-            prefix + name,
-            parameter,
-            seed=seed,
-            planned_blocks=planned_blocks,
-            zero_outputs=any(name.startswith(path) for path in zeroed),
-        )
+        zero = zero_outputs or any(name.startswith(path) for path in zeroed)
+        init_tensor(prefix + name, parameter, start, zero_output=zero)

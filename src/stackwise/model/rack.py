@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import KVCache
-from stackwise.model.init import init_weights
+from stackwise.model.init import Start, init_weights
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
 from stackwise.model.visibility import Visibility
@@ -79,10 +79,11 @@ class Rack(nn.Module):
         self.head = Head(d_model, spec.vocab_size, self.embedding if spec.tied else None)
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.remat = False
-        planned = spec.planned_blocks or len(spec.blocks)
+        start = Start.of(spec, seed)
+        zero_head = bool(spec.blocks) and all(block.zero_init_outputs for block in spec.blocks)
         for name, child in self.named_children():
             if name != "stacks" or fresh:
-                init_weights(child, seed=seed, planned_blocks=planned, prefix=f"{name}.")
+                init_weights(child, start, prefix=f"{name}.", zero_outputs=zero_head and name == "head")
 
     # --- structure ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from stackwise.config.types import (
     BelowOne,
     Flag,
     Int,
+    NonNegativeInt,
     OneOf,
     PositiveFloat,
     PositiveInt,
@@ -109,8 +110,10 @@ class ModelSettings(Settings):
     """Use the embedding matrix as the head. null: false under an enabled append curriculum, so that the head can train at every stage, else true."""
     residual_gain: UnitFloat | None = None
     """Factor on what each sub-layer adds to the residual stream. null: no factor."""
+    short_conv: NonNegativeInt = 0
+    """Tokens covered by a causal depthwise convolution on the input of attention and feed-forward, 0 or 2 and more; 0 is off. A few parameters that pay well on character and byte models."""
     zero_init_outputs: Flag = False
-    """Start the output projections of attention and feed-forward at zero, so that every block starts as the identity."""
+    """Start the output projections of attention and feed-forward at zero, so that every block starts as the identity; the head, too, when it is not tied."""
 
     @model_validator(mode="after")
     def _use_rope_follows(self) -> Self:

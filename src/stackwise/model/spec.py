@@ -35,6 +35,7 @@ class BlockSpec:
     dropout: float = 0.0
     residual_gain: float = 1.0
     zero_init_outputs: bool = False
+    short_conv: int = 0
 
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:
@@ -64,6 +65,10 @@ class BlockSpec:
             found.append(f"rotary positions need an even head width, got {self.head_dim}")
         if self.n_kv_heads > self.n_heads or self.n_heads % self.n_kv_heads:
             found.append(f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}")
+        if self.short_conv < 0 or self.short_conv == 1:
+            found.append(f"short_conv must be 0 (off) or at least 2, got {self.short_conv}")
+        if self.short_conv and not self.causal:
+            found.append("short_conv looks at earlier tokens only, so it needs causal attention")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.residual_gain <= 1:
@@ -104,8 +109,8 @@ class RackSpec:
     """embedding -> stacks -> tail -> norm -> head.
 
     `tail` are the global head blocks: they sit between the last stack and the final norm and train in every stage of
-    an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `head_from` is null for
-    an own head matrix or "embedding" for a tied one.
+    an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `tied`: the
+    head is the embedding's matrix.
     """
 
     vocab_size: int

@@ -39,11 +39,22 @@ class Visibility:
         self.padding = None if attention_mask is None else attention_mask.bool()
         self.documents = document_ids
         self._made: dict[bool, Mask] = {}
+        self._same: list[Tensor] = []
 
     def mask(self, causal: bool) -> Mask:
         if causal not in self._made:
             self._made[causal] = self._make(causal)
         return self._made[causal]
+
+    def same_document(self, width: int) -> list[Tensor] | None:
+        """For lags 1 .. width-1, [B, T, 1]: whether token t - lag belongs to token t's document; null without documents."""
+        if self.documents is None:
+            return None
+        for lag in range(len(self._same) + 1, width):
+            same = torch.zeros_like(self.documents, dtype=torch.bool)
+            same[:, lag:] = self.documents[:, lag:] == self.documents[:, :-lag]
+            self._same.append(same.unsqueeze(-1))
+        return self._same[: width - 1]
 
     def _make(self, causal: bool) -> Mask:
         if self.padding is None and self.documents is None:

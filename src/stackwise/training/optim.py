@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices inside blocks: what Muon takes."""
-    return parameter.dim() == 2 and name.startswith(("stacks.", "tail."))
+    return parameter.dim() == 2 and name.startswith(("stacks.", "tail.")) and "_conv." not in name
 
 
 def rule_for(name: str, parameter: Tensor, stage: Stage, newest: str, settings: TrainingSettings) -> Rule:
@@ -45,7 +45,9 @@ def rule_for(name: str, parameter: Tensor, stage: Stage, newest: str, settings: 
         factor = (stage.trunk_lr or opt.lr) / opt.lr
     else:
         factor = 1.0
-    decays = parameter.dim() >= 2 and not name.startswith(("embedding.", "positions."))
+    decays = (
+        parameter.dim() >= 2 and not name.startswith(("embedding.", "positions.")) and "_conv." not in name
+    )
     decay = opt.weight_decay if decays else 0.0
     for group in opt.groups:
         if re.search(group.match, name):
