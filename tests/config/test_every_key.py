@@ -134,6 +134,8 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "training.on_nonfinite": "tests/invariants/test_runs.py::test_nonfinite_steps_can_be_skipped_and_are_counted",
+    "training.gradient_checkpointing": "tests/invariants/test_runs.py::test_gradient_checkpointing_changes_nothing_but_memory",
     "base": "tests/config/test_inheritance.py::test_defaults_then_parents_in_order_then_file_then_overrides",
     "data.source": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
     "data.path": "tests/data/test_sources.py::test_text_files_are_read_byte_for_byte_in_the_order_of_their_names",
@@ -144,6 +146,20 @@ PROVEN_ELSEWHERE = {
     "data.max_bytes": "tests/data/test_sources.py::test_max_bytes_ends_the_text_at_the_last_whole_character",
 }
 """Key -> the test, `path::name`, that fails when the key has no effect."""
+
+RUNS = ROOT / "tests/training/test_keys.py"
+
+
+def proven_by_runs() -> set[str]:
+    """Keys of the tables COURSE, EVENTS and OTHER of tests/training/test_keys.py."""
+    keys: set[str] = set()
+    for node in ast.parse(RUNS.read_text(encoding="utf-8")).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id in ("COURSE", "EVENTS", "OTHER"):
+            items = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
+            keys |= {item.value for item in items}
+    return keys
+
 
 ONE_VALUE = {"training.progressive.building_mode", "training.progressive.training_objective"}
 """Keys that name the only choice there is so far; they need a proof as soon as there is a second."""
@@ -170,7 +186,7 @@ def test_a_key_without_a_proof_has_one_value_only(key):
 
 def test_every_key_of_the_schema_has_one_proof():
     keys = {row.key for row in schema_rows()}
-    rows = [*PROOFS, *PROVEN_ELSEWHERE, *ONE_VALUE]
+    rows = [*PROOFS, *PROVEN_ELSEWHERE, *ONE_VALUE, *proven_by_runs()]
     assert len(rows) == len(set(rows)), "a key is proven in two places"
     assert set(rows) - keys == set(), "rows of keys that do not exist"
     assert sorted(keys - set(rows)) == [], "keys without a proof"

@@ -20,6 +20,9 @@ from stackwise.data.loader import EvalLoader, TokenLoader, permutation
 from stackwise.data.prepare import prepare
 from stackwise.data.settings import DataSettings
 
+# Python 3.12 and later warn about every fork of a process with threads; torch's workers are forks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
 SPLIT = TokenSplit.from_arrays(np.arange(200) % 97, [0, 13, 57, 58, 120, 160])
 
 

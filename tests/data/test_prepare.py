@@ -175,6 +175,7 @@ def test_a_tokenizer_trained_on_the_training_split_prepares_the_text(rows, tmp_p
         train_tokenizer(rows, 10, tmp_path / "tokenizer.json")
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_that_prepare_at_once_agree(rows, tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         hashes = pool.starmap(_prepared_hash, [(rows, tmp_path / "cache")] * 4)

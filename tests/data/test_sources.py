@@ -1,5 +1,6 @@
 """Sources read every document in a fixed order, and name the file and the place of everything they cannot read."""
 
+import hashlib
 import json
 import sys
 import types
@@ -112,6 +113,7 @@ def test_the_standard_library_is_a_capped_selection_in_a_fixed_order():
     source = open_source(settings)
     names = [file["name"] for file in source.recipe()["files"]]
     assert names == [file["name"] for file in open_source(settings).recipe()["files"]]
+    assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     assert all(name.endswith(".py") for name in names)
     assert not any({"test", "tests", "idlelib", "site-packages"} & set(name.split("/")) for name in names)
     assert sum(len(document.text.encode()) for document in source.documents()) <= 200_000

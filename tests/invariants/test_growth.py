@@ -28,7 +28,9 @@ def ids(rack: Rack) -> torch.Tensor:
     return torch.randint(0, rack.spec.vocab_size, (2, 12))
 
 
-@pytest.mark.parametrize("options", [{}, {"model__bias": True, "model__norm": "layernorm", "model__ffn_type": "gelu"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"model__bias": True, "model__norm": "layernorm", "model__ffn_type": "gelu"}]
+)
 def test_zero_growth_leaves_logits_unchanged_bit_for_bit(tiny, options):
     rack = make_rack(tiny, **options)
     tokens = ids(rack)

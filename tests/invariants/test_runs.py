@@ -164,7 +164,11 @@ def test_accumulated_gradients_equal_the_single_batch(tiny, monkeypatch):
         original(self, optimizers)
 
     monkeypatch.setattr(Engine, "_apply", keep)
-    options = {"training__progressive__enabled": False, "training__max_steps": 1, "training__max_grad_norm": 0}
+    options = {
+        "training__progressive__enabled": False,
+        "training__max_steps": 1,
+        "training__max_grad_norm": 0,
+    }
     quiet(tiny(training__run_id="one", training__batch_size=12, **options))
     quiet(tiny(training__run_id="many", training__gradient_accumulation_steps=4, **options))
     for name, grad in grads["one"].items():
@@ -207,7 +211,9 @@ def test_nonfinite_steps_can_be_skipped_and_are_counted(tiny, monkeypatch):
 
 def test_another_config_does_not_continue_a_run(tiny):
     quiet(tiny())
-    with pytest.raises(run_module.IncompatibleResumeError, match=r"training\.optimizer\.lr: 0\.003 there, 0\.01 here"):
+    with pytest.raises(
+        run_module.IncompatibleResumeError, match=r"training\.optimizer\.lr: 0\.003 there, 0\.01 here"
+    ):
         quiet(tiny(training__optimizer__lr=0.01))
     quiet(tiny(training__optimizer__lr=0.01, checkpoint__overwrite=True))
 
