@@ -331,7 +331,9 @@ def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tu
         seed=generation.seed,
     )
     new = [i for i in ids[0, len(start) :].tolist() if i != tokenizer.eos_id]
-    return prompt, tokenizer.decode(new)
+    text = tokenizer.decode(new)
+    ends = [text.index(stop) for stop in generation.stop if stop in text]
+    return prompt, text[: min(ends, default=len(text))]
 
 
 def _announce(
