@@ -83,6 +83,8 @@ def apply_training(rack: Rack, units: Iterable[str]) -> Split:
             if not trains:
                 for parameter in module.parameters():
                     parameter.grad = None
+    for stack in rack.stacks:
+        stack.training = f"stack:{stack.uid}" in wanted
     rack.training = True
     if rack.dropout is not None:
         rack.dropout.train("embedding" in wanted)
