@@ -15,7 +15,7 @@ _HOMES = {
     "stackwise.curriculum.builder": ["ProgressiveRackBuilder"],
     "stackwise.curriculum.curricula": ["stages"],
     "stackwise.curriculum.stage": ["Stage"],
-    "stackwise.data.progressive": ["ProgressiveDataLoader"],
+    "stackwise.training.progressive_data": ["ProgressiveDataLoader"],
     "stackwise.model.block": ["Block", "Stack"],
     "stackwise.model.factory": [
         "create_rack_from_config",
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from stackwise.curriculum.builder import ProgressiveRackBuilder
     from stackwise.curriculum.curricula import stages
     from stackwise.curriculum.stage import Stage
-    from stackwise.data.progressive import ProgressiveDataLoader
+    from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.model.block import Block, Stack
     from stackwise.model.factory import (
         create_rack_from_config,

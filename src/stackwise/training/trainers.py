@@ -19,11 +19,8 @@ from stackwise.model.rack import Rack
 from stackwise.tracking.events import Sink, Tracker
 from stackwise.training.device import pick_device, pick_dtype
 from stackwise.training.loop import Engine, Hooks
+from stackwise.training.progressive_data import as_dict
 from stackwise.training.validate import validate
-
-FIELDS = ("input_ids", "attention_mask")
-"""What the entries of a tuple batch are taken for."""
-
 
 class CyclingLoader:
     """An endless stream over a finite loader of dict or tuple batches; its position is (epoch, batch).
@@ -58,12 +55,8 @@ class CyclingLoader:
 
 
 def as_mapping(batch: Any) -> Mapping[str, Tensor]:
-    """A dict batch as it is, its tensors only; a tuple by position."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    if isinstance(batch, Tensor):
-        batch = (batch,)
-    return dict(zip(FIELDS, batch, strict=False))
+    """The tensors of a dict or tuple batch by name."""
+    return {key: value for key, value in as_dict(batch).items() if isinstance(value, Tensor)}
 
 
 class ProgressiveTrainer:

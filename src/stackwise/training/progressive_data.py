@@ -1,29 +1,13 @@
 """`ProgressiveDataLoader`: the batches of any loader, with the targets and masks of an objective."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from stackwise.data.packing import NO_TARGET
-
-
-class Aligned(Protocol):
-    """What an objective makes of a batch: ids [B, T] to read and labels [B, T] to predict, -100 = none."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-
-
-class Objective(Protocol):
-    """The part of an objective that prepares a batch."""
-
-    @property
-    def name(self) -> str: ...
-    def corrupt(self, batch: Mapping[str, Tensor]) -> Aligned: ...
+from stackwise.kernels.linear_cross_entropy import IGNORE
+from stackwise.objectives.causal import CausalLM
 
 
 class ProgressiveDataLoader:
@@ -56,12 +40,9 @@ class ProgressiveDataLoader:
         trunk_activations: Callable[[Mapping[str, Any]], Tensor] | None = None,
         cache_activations: bool = False,
         *,
-        objective: Objective | None = None,
+        objective: CausalLM | None = None,
     ) -> None:
-        if objective is None:
-            raise ValueError(
-                "ProgressiveDataLoader needs an objective: give objective=CausalLM() of stackwise.objectives.causal"
-            )
+        objective = objective or CausalLM()
         if objective.name != "clm":
             raise ValueError(f"the objective is {objective.name!r}; this loader makes the batches of 'clm'")
         if masking_strategy is not None:
@@ -106,12 +87,12 @@ class ProgressiveDataLoader:
         }
 
     def _prepare(self, original: Any) -> dict[str, Any]:
-        given = _as_dict(original)
+        given = as_dict(original)
         example = self.objective.corrupt(given)
         labels = example.labels
         masks = torch.zeros_like(labels, dtype=torch.bool)
         known = torch.ones(labels.shape[1], dtype=torch.bool, device=labels.device)
-        known[-1] = (labels[:, -1] != NO_TARGET).any()
+        known[-1] = (labels[:, -1] != IGNORE).any()
         batch: dict[str, Any] = {
             **given,
             "input_ids": example.input_ids,
@@ -122,7 +103,7 @@ class ProgressiveDataLoader:
             "time_step": None,
             "mask_ratio": 0.0,
             "clm_mask": known,
-            "combined_masks": labels != NO_TARGET,
+            "combined_masks": labels != IGNORE,
             "stack_idx": self.stack_idx,
             "attention_mask": given.get("attention_mask"),
             "sample_ids": given.get("sample_ids"),
@@ -150,7 +131,8 @@ class ProgressiveDataLoader:
         return self.get_cached_activations(ids)
 
 
-def _as_dict(batch: Any) -> dict[str, Tensor]:
+def as_dict(batch: Any) -> dict[str, Any]:
+    """A batch by name: a dict as it is, a tuple as (input_ids, attention_mask)."""
     if isinstance(batch, Mapping):
         return dict(batch)
     if not isinstance(batch, tuple | list):
