@@ -6,8 +6,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader, TokenLoader
-from stackwise.training.progressive_data import ProgressiveDataLoader
 from stackwise.objectives.causal import CausalLM
+from stackwise.training.progressive_data import ProgressiveDataLoader
 
 IDS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 0]])
 REAL = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

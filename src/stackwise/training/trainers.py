@@ -22,6 +22,7 @@ from stackwise.training.loop import Engine, Hooks
 from stackwise.training.progressive_data import as_dict
 from stackwise.training.validate import validate
 
+
 class CyclingLoader:
     """An endless stream over a finite loader of dict or tuple batches; its position is (epoch, batch).
 
