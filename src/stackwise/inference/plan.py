@@ -1,0 +1,259 @@
+"""Decoding one token per row with as few operations as it takes, prepared once per generation.
+
+A token's pass through a small model is a few microseconds of arithmetic between many small operations. The plan reads
+the rack's own modules and weights once and lays them out for that pass: q, k, v in one matrix, gate and up in one,
+norm weights and constant factors folded into the matrices that follow, rotation factors looked up ahead, keys and
+values without gaps. It equals `Rack.forward` up to rounding; what it does not cover (`uncovered` says what) runs
+through the rack's modules.
+
+Shape letters: B batch, S held tokens, D model width, N heads, K key-value heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stackwise.kernels.packed_linear import PackedLinear
+from stackwise.kernels.rotary import rotary_table
+from stackwise.model.attention import Attention
+from stackwise.model.block import Block, Stack
+from stackwise.model.cache import BlockCache, KVCache
+from stackwise.model.feed_forward import FeedForward, GatedFeedForward
+from stackwise.model.norms import LayerNorm, RMSNorm
+from stackwise.model.positions import LearnedPositions, SinusoidalPositions
+from stackwise.model.rack import Head, Rack, Stacks
+
+COPY_LIMIT = 2 * 2**30
+"""The plan copies the weights; models above this many bytes run through their modules."""
+
+_COVERED: tuple[type[nn.Module], ...] = (
+    Rack,
+    Stacks,
+    Stack,
+    Block,
+    Attention,
+    GatedFeedForward,
+    FeedForward,
+    RMSNorm,
+    LayerNorm,
+    LearnedPositions,
+    SinusoidalPositions,
+    Head,
+    nn.Linear,
+    nn.Embedding,
+    nn.ModuleList,
+    nn.Dropout,
+)
+
+Normalise = Callable[[Tensor], Tensor]
+
+
+def uncovered(rack: Rack) -> str | None:
+    """Why a rack must be decoded through its modules; null when a plan computes the same."""
+    for name, module in rack.named_modules():
+        if type(module) not in _COVERED:  # a subclass may compute something else
+            return f"{name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the rack'} has a forward hook"
+    if not all(block.pre for block in rack.blocks()):
+        return "a block normalises after its sub-layers"
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in rack.parameters()}
+    if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}):
+        return "weights are not all float32 on the CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if sum(tensor.nbytes for tensor in rack.parameters()) > COPY_LIMIT:
+        return f"the weights have more than {COPY_LIMIT:,} bytes"
+    return None
+
+
+class DecodePlan:
+    """The forward pass of one token per row of a covered rack.
+
+    `start` fixes where the prompts end; then each `step` takes the next ids [B] and gives logits [B, V]. Run it
+    without gradients.
+    """
+
+    def __init__(self, rack: Rack, rows: int) -> None:
+        """Copies the weights of `rack` for batches of `rows`."""
+        self.rack, self.rows = rack, rows
+        self.blocks = [_BlockPlan(block, rows) for block in rack.blocks()]
+        self.normalise = _normaliser(rack.norm)
+        self.head = PackedLinear(*_fold(rack.norm, rack.head.matrix, None), rows)
+
+    def start(self, cache: KVCache, position_ids: Tensor, padding: Tensor | None) -> None:
+        """Continue after the prompts that `cache` holds; it is read now and not needed any more.
+
+        position_ids [B or 1, n]: positions of the tokens to come. padding bool [B, T]: False where the prompts are
+        padded, null where they are not.
+        """
+        rack = self.rack
+        self.first = self.length = cache.length
+        self.padding = padding
+        self.added = None if rack.positions is None else rack.positions(position_ids).unbind(1)
+        kinds = {(block.rope_theta, block.head_dim) for block in self.blocks}
+        self.turns = {kind: self._turns(*kind, position_ids) for kind in kinds}
+        self.held = [_Held(block) for block in cache.blocks]
+        self.capacity = self.length
+        self._grow()
+
+    def _turns(self, theta: float | None, head_dim: int, position_ids: Tensor) -> Sequence[Tensor | None]:
+        """Rotation factors of each step to come, [B or 1, 1, H/2]; null without rotation."""
+        if theta is None:
+            return [None] * position_ids.shape[1]
+        weight = self.rack.embedding.weight
+        wide = weight.dtype == torch.float64
+        table = rotary_table(head_dim, theta, self.rack.spec.max_seq_len, weight.device, wide)
+        return table[position_ids].unsqueeze(2).unbind(1)
+
+    def _grow(self) -> None:
+        """Make room for an eighth more tokens, at least 32.
+
+        Keys and values are kept without gaps between heads and read to the end, where `bias` hides the places that
+        are still empty: a few wasted products, but memory read in one stream, which is about twice as fast as
+        skipping over a reserve behind every head.
+        """
+        self.capacity += max(32, self.capacity // 8)
+        for held, block in zip(self.held, self.blocks, strict=True):
+            held.grow(self.length, self.capacity, complex_numbers=block.rope_theta is not None)
+        bias = self.rack.embedding.weight.new_zeros(
+            self.rows if self.padding is not None else 1, self.capacity
+        )
+        bias[:, self.length :] = -math.inf
+        if self.padding is not None:
+            bias[:, : self.padding.shape[1]].masked_fill_(~self.padding, -math.inf)
+        self.bias_B1S = bias.unsqueeze(1)
+        self.bias_by_heads = {
+            heads: self.bias_B1S.repeat_interleave(heads, dim=0)
+            if self.padding is not None
+            else self.bias_B1S
+            for heads in {block.heads[1] for block in self.blocks}
+        }
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token per row."""
+        if self.length == self.capacity:
+            self._grow()
+        at, step = self.length, self.length - self.first
+        for bias in self.bias_by_heads.values():
+            bias[:, :, at] = 0.0
+        x_BD = F.embedding(ids_B, self.rack.embedding.weight)
+        if self.added is not None:
+            x_BD += self.added[step]
+        for block, held in zip(self.blocks, self.held, strict=True):
+            turn = self.turns[block.rope_theta, block.head_dim][step]
+            block(x_BD, held, at, turn, self.bias_by_heads[block.heads[1]])
+        self.length = at + 1
+        return self.head(self.normalise(x_BD))
+
+
+class _Held:
+    """Keys and values of one block, [B K, capacity, H] each, and views of them for reading and writing."""
+
+    def __init__(self, prompts: BlockCache) -> None:
+        length = prompts.length
+        self.keys, self.values = prompts.keys[:, :, :length], prompts.values[:, :, :length]
+
+    def grow(self, length: int, capacity: int, complex_numbers: bool) -> None:
+        rows, heads, _, width = self.keys.shape
+        pair = self.keys.new_zeros(2, rows, heads, capacity, width)
+        pair[0, :, :, :length] = self.keys[:, :, :length]
+        pair[1, :, :, :length] = self.values[:, :, :length]
+        self.keys, self.values = pair[0], pair[1]
+        self.keys_t = self.keys.flatten(0, 1).transpose(1, 2)  # [B K, H, capacity]
+        self.values_t = self.values.flatten(0, 1)  # [B K, capacity, H]
+        # where token t is written: [capacity, B, K, H], or [..., H/2] complex numbers
+        places = pair.movedim(3, 1)
+        if complex_numbers:
+            places = torch.view_as_complex(places.unflatten(-1, (-1, 2)))
+        self.key_places, self.value_places = places[0], places[1]
+
+
+class _BlockPlan:
+    """One pre-norm block for one token per row; it adds to `x_BD` in place."""
+
+    def __init__(self, block: Block, rows: int) -> None:
+        spec, attn, ffn = block.spec, block.attn, block.ffn
+        self.rows, self.head_dim, self.rope_theta = rows, spec.head_dim, attn.rope_theta
+        self.heads = (spec.n_heads, spec.n_kv_heads)
+        self.kv_rows, self.group = rows * spec.n_kv_heads, spec.n_heads // spec.n_kv_heads
+        scale = spec.head_dim**-0.5  # of the scores, folded into the queries
+        self.qk_norm: Normalise | None = None
+        if attn.q_norm is not None and attn.k_norm is not None:
+            gains = [attn.q_norm.weight * scale] * spec.n_heads + [attn.k_norm.weight] * spec.n_kv_heads
+            self.qk_gain = torch.stack(gains) * math.sqrt(spec.head_dim)
+            self.qk_norm, scale = _normaliser(attn.q_norm), 1.0
+        self.attn_normalise, self.ffn_normalise = _normaliser(block.attn_norm), _normaliser(block.ffn_norm)
+        qkv = _joined((attn.q, attn.k, attn.v), (scale, 1.0, 1.0))
+        self.qkv = PackedLinear(*_fold(block.attn_norm, *qkv), rows)
+        self.out = PackedLinear(*_joined((attn.o,), (block.gain,)), rows)
+        self.gated, self.activation = isinstance(ffn, GatedFeedForward), ffn.activation
+        inner = _joined((ffn.gate, ffn.up) if self.gated else (ffn.up,))
+        self.inner = PackedLinear(*_fold(block.ffn_norm, *inner), rows)
+        self.down = PackedLinear(*_joined((ffn.down,), (block.gain,)), rows)
+
+    def __call__(self, x_BD: Tensor, held: _Held, at: int, turn: Tensor | None, bias: Tensor) -> None:
+        """turn [B or 1, 1, H/2] rotates queries and keys; bias [B K or 1, 1, S] is -inf where nothing is to be seen."""
+        qkv = self.qkv(self.attn_normalise(x_BD)).view(self.rows, -1, self.head_dim)
+        n, k_heads = self.heads
+        if self.qk_norm is not None:
+            qk, v = qkv[:, : n + k_heads], qkv[:, n + k_heads :]
+            qkv = torch.cat((self.qk_norm(qk).mul_(self.qk_gain), v), dim=1)
+        if turn is not None:
+            qkv = torch.view_as_complex(qkv.view(self.rows, -1, self.head_dim // 2, 2))
+        q, k, v = qkv.narrow(1, 0, n), qkv.narrow(1, n, k_heads), qkv.narrow(1, n + k_heads, k_heads)
+        held.value_places[at].copy_(v)
+        if turn is None:
+            held.key_places[at].copy_(k)
+        else:
+            torch.mul(k, turn, out=held.key_places[at])
+            q = torch.view_as_real(q * turn)
+        q = q.reshape(self.kv_rows, self.group, self.head_dim)
+        seen = torch.softmax(torch.baddbmm(bias, q, held.keys_t), -1)
+        x_BD += self.out(torch.bmm(seen, held.values_t).view(self.rows, -1))
+        inner = self.inner(self.ffn_normalise(x_BD))
+        if self.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = self.activation(gate).mul_(up)
+        else:
+            inner = self.activation(inner)
+        x_BD += self.down(inner)
+
+
+def _normaliser(norm: nn.Module) -> Normalise:
+    """The norm without its parameters; for a root-mean-square norm also without the factor sqrt(width)."""
+    if isinstance(norm, LayerNorm):
+        shape, eps = norm.weight.shape, norm.eps
+        return lambda x: F.layer_norm(x, shape, None, None, eps)
+    assert isinstance(norm, RMSNorm)
+    # x / sqrt(|x|^2 + width eps), and the root is the hypotenuse of |x| and sqrt(width eps)
+    side = torch.sqrt(norm.weight.new_tensor(norm.weight.numel() * norm.eps))
+    return lambda x: torch.div(x, torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), side))
+
+
+def _fold(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer that reads the parameter-free norm and gives what it gave after the norm."""
+    assert isinstance(norm, RMSNorm | LayerNorm)
+    if isinstance(norm, LayerNorm) and norm.bias is not None:
+        shift = weight @ norm.bias
+        bias = shift if bias is None else bias + shift
+    gain: Tensor = norm.weight
+    if isinstance(norm, RMSNorm):
+        gain = gain * math.sqrt(gain.numel())
+    return weight * gain, bias
+
+
+def _joined(
+    layers: Sequence[nn.Linear], factors: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linear layers side by side, each times its factor."""
+    factors = factors or [1.0] * len(layers)
+    weight = torch.cat([layer.weight * f for layer, f in zip(layers, factors, strict=True)])
+    if layers[0].bias is None:
+        return weight, None
+    return weight, torch.cat([layer.bias * f for layer, f in zip(layers, factors, strict=True)])
