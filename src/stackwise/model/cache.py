@@ -12,6 +12,7 @@ class BlockCache:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.length = 0
+        self._last: dict[str, Tensor] = {}
 
     def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
         """Append T tokens; returns everything held so far as views."""
@@ -22,6 +23,12 @@ class BlockCache:
         self.values[:, :, start:stop] = v_BNTH
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def extend(self, name: str, x_BTD: Tensor, keep: int) -> Tensor:
+        """The last inputs kept under `name`, followed by the T new ones; at most `keep` of them are kept for next time."""
+        seen = torch.cat((self._last[name], x_BTD), dim=1) if name in self._last else x_BTD
+        self._last[name] = seen[:, -keep:]
+        return seen
 
 
 class KVCache:
