@@ -150,3 +150,15 @@ def test_without_proc_the_peak_stands_in(monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.read_text", no_proc)
     assert rss_bytes() == peak_rss_bytes()
+
+
+def test_remove_takes_the_run_and_leaves_the_rest(tmp_path):
+    run = RunFolder.create(tmp_path / "runs" / "a")
+    run.write_config("training: {}\n")
+    run.remove()
+    assert not run.path.exists(), "nothing else was in it"
+    run = RunFolder.create(tmp_path / "runs" / "a")
+    run.write_config("training: {}\n")
+    (run.path / "notes.txt").write_text("mine")
+    run.remove()
+    assert [path.name for path in run.path.iterdir()] == ["notes.txt"]
