@@ -24,9 +24,11 @@ from stackwise.model.attention import Attention
 from stackwise.model.block import Block, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
+from stackwise.model.linear import Linear
 from stackwise.model.norms import LayerNorm, RMSNorm
 from stackwise.model.positions import LearnedPositions, SinusoidalPositions
 from stackwise.model.rack import Head, Rack, Stacks
+from stackwise.model.short_conv import ShortConv
 
 COPY_LIMIT = 2 * 2**30
 """The plan copies the weights; models above this many bytes run through their modules."""
@@ -41,10 +43,11 @@ _COVERED: tuple[type[nn.Module], ...] = (
     FeedForward,
     RMSNorm,
     LayerNorm,
+    ShortConv,
     LearnedPositions,
     SinusoidalPositions,
     Head,
-    nn.Linear,
+    Linear,
     nn.Embedding,
     nn.ModuleList,
     nn.Dropout,
@@ -153,11 +156,15 @@ class DecodePlan:
 
 
 class _Held:
-    """Keys and values of one block, [B K, capacity, H] each, and views of them for reading and writing."""
+    """What one block keeps of the tokens it has seen: keys and values, and the last inputs of its convolutions.
+
+    Keys and values are [B, K, capacity, H] each, with views for reading and for writing.
+    """
 
     def __init__(self, prompts: BlockCache) -> None:
         length = prompts.length
         self.keys, self.values = prompts.keys[:, :, :length], prompts.values[:, :, :length]
+        self.attn_inputs, self.ffn_inputs = _newest_first(prompts, "attn"), _newest_first(prompts, "ffn")
 
     def grow(self, length: int, capacity: int, complex_numbers: bool) -> None:
         rows, heads, _, width = self.keys.shape
@@ -174,6 +181,39 @@ class _Held:
         self.key_places, self.value_places = places[0], places[1]
 
 
+class _Reader:
+    """Norm, short convolution where there is one, and the linear layers that read them."""
+
+    def __init__(
+        self, norm: nn.Module, conv: ShortConv | None, weight: Tensor, bias: Tensor | None, rows: int
+    ) -> None:
+        assert isinstance(norm, RMSNorm | LayerNorm)
+        self.normalise = _normaliser(norm)
+        self.gain: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.taps: Sequence[Tensor] = ()
+        if conv is None:
+            weight, bias = _fold(norm, weight, bias)
+        else:
+            self.gain, self.shift = _affine(norm)
+            self.taps = conv.weight.unbind(0)
+        self.linear = PackedLinear(weight, bias, rows)
+
+    def __call__(self, x_BD: Tensor, inputs: list[Tensor]) -> Tensor:
+        """`inputs`: what the convolution read at the tokens before, newest first."""
+        y_BD = self.normalise(x_BD)
+        if self.gain is not None:
+            y_BD.mul_(self.gain)
+            if self.shift is not None:
+                y_BD.add_(self.shift)
+            inputs.insert(0, y_BD)
+            y_BD = y_BD * self.taps[0]
+            for seen_BD, tap in zip(inputs[1:], self.taps[1:], strict=False):
+                y_BD.addcmul_(seen_BD, tap)
+            del inputs[len(self.taps) - 1 :]
+        return self.linear(y_BD)
+
+
 class _BlockPlan:
     """One pre-norm block for one token per row; it adds to `x_BD` in place."""
 
@@ -188,18 +228,17 @@ class _BlockPlan:
             gains = [attn.q_norm.weight * scale] * spec.n_heads + [attn.k_norm.weight] * spec.n_kv_heads
             self.qk_gain = torch.stack(gains) * math.sqrt(spec.head_dim)
             self.qk_norm, scale = _normaliser(attn.q_norm), 1.0
-        self.attn_normalise, self.ffn_normalise = _normaliser(block.attn_norm), _normaliser(block.ffn_norm)
         qkv = _joined((attn.q, attn.k, attn.v), (scale, 1.0, 1.0))
-        self.qkv = PackedLinear(*_fold(block.attn_norm, *qkv), rows)
+        self.qkv = _Reader(block.attn_norm, block.attn_conv, *qkv, rows)
         self.out = PackedLinear(*_joined((attn.o,), (block.gain,)), rows)
         self.gated, self.activation = isinstance(ffn, GatedFeedForward), ffn.activation
         inner = _joined((ffn.gate, ffn.up) if self.gated else (ffn.up,))
-        self.inner = PackedLinear(*_fold(block.ffn_norm, *inner), rows)
+        self.inner = _Reader(block.ffn_norm, block.ffn_conv, *inner, rows)
         self.down = PackedLinear(*_joined((ffn.down,), (block.gain,)), rows)
 
     def __call__(self, x_BD: Tensor, held: _Held, at: int, turn: Tensor | None, bias: Tensor) -> None:
         """turn [B or 1, 1, H/2] rotates queries and keys; bias [B K or 1, 1, S] is -inf where nothing is to be seen."""
-        qkv = self.qkv(self.attn_normalise(x_BD)).view(self.rows, -1, self.head_dim)
+        qkv = self.qkv(x_BD, held.attn_inputs).view(self.rows, -1, self.head_dim)
         n, k_heads = self.heads
         if self.qk_norm is not None:
             qk, v = qkv[:, : n + k_heads], qkv[:, n + k_heads :]
@@ -216,7 +255,7 @@ class _BlockPlan:
         q = q.reshape(self.kv_rows, self.group, self.head_dim)
         seen = torch.softmax(torch.baddbmm(bias, q, held.keys_t), -1)
         x_BD += self.out(torch.bmm(seen, held.values_t).view(self.rows, -1))
-        inner = self.inner(self.ffn_normalise(x_BD))
+        inner = self.inner(x_BD, held.ffn_inputs)
         if self.gated:
             gate, up = inner.chunk(2, -1)
             inner = self.activation(gate).mul_(up)
@@ -236,16 +275,25 @@ def _normaliser(norm: nn.Module) -> Normalise:
     return lambda x: torch.div(x, torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), side))
 
 
+def _affine(norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor | None]:
+    """What `_normaliser` leaves out: the factor and the shift of each column."""
+    if isinstance(norm, LayerNorm):
+        return norm.weight, norm.bias
+    return norm.weight * math.sqrt(norm.weight.numel()), None
+
+
 def _fold(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer that reads the parameter-free norm and gives what it gave after the norm."""
     assert isinstance(norm, RMSNorm | LayerNorm)
-    if isinstance(norm, LayerNorm) and norm.bias is not None:
-        shift = weight @ norm.bias
-        bias = shift if bias is None else bias + shift
-    gain: Tensor = norm.weight
-    if isinstance(norm, RMSNorm):
-        gain = gain * math.sqrt(gain.numel())
+    gain, shift = _affine(norm)
+    if shift is not None:
+        bias = weight @ shift if bias is None else bias + weight @ shift
     return weight * gain, bias
+
+
+def _newest_first(prompts: BlockCache, name: str) -> list[Tensor]:
+    kept = prompts.kept(name)
+    return [] if kept is None else list(kept.flip(1).unbind(1))
 
 
 def _joined(

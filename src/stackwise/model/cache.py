@@ -30,6 +30,10 @@ class BlockCache:
         self._last[name] = seen[:, -keep:]
         return seen
 
+    def kept(self, name: str) -> Tensor | None:
+        """The inputs kept under `name`, [B, at most `keep`, D]; null when there are none."""
+        return self._last.get(name)
+
 
 class KVCache:
     """The caches of all blocks of a rack, for `batch` rows of at most `capacity` tokens."""

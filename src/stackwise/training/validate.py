@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -45,3 +46,8 @@ def validate(
     if not count:
         raise ValueError("there is nothing to validate on: no batch has a token with a target")
     return total, count
+
+
+def bits_per_byte(nats_per_token: float, n_tokens: int, n_bytes: int) -> float | None:
+    """Nats per token as bits per byte of a text of `n_tokens` and `n_bytes`; null when its bytes are not known (0)."""
+    return nats_per_token * n_tokens / n_bytes / math.log(2) if n_bytes else None
