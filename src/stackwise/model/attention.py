@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise.kernels.rotary import rotary_table, rotate
+from stackwise.model.linear import Linear
 from stackwise.model.norms import RMSNorm
 from stackwise.model.registry import ATTENTIONS
 from stackwise.model.spec import BlockSpec
@@ -47,10 +48,10 @@ class Attention(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         kv_width = spec.n_kv_heads * spec.head_dim
-        self.q = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
-        self.k = nn.Linear(spec.d_model, kv_width, bias=spec.bias)
-        self.v = nn.Linear(spec.d_model, kv_width, bias=spec.bias)
-        self.o = nn.Linear(spec.d_model, spec.d_model, bias=spec.bias)
+        self.q = Linear(spec.d_model, spec.d_model, bias=spec.bias)
+        self.k = Linear(spec.d_model, kv_width, bias=spec.bias)
+        self.v = Linear(spec.d_model, kv_width, bias=spec.bias)
+        self.o = Linear(spec.d_model, spec.d_model, bias=spec.bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.head_dim, self.causal = spec.head_dim, spec.causal

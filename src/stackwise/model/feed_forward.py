@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackwise.model.linear import Linear
 from stackwise.model.registry import FEED_FORWARDS
 from stackwise.model.spec import BlockSpec
 
@@ -19,9 +20,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, spec: BlockSpec, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
-        self.up = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
-        self.down = nn.Linear(spec.d_ff, spec.d_model, bias=spec.bias)
+        self.gate = Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.up = Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.down = Linear(spec.d_ff, spec.d_model, bias=spec.bias)
         self.activation = activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: BlockSpec, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.up = nn.Linear(spec.d_model, spec.d_ff, bias=spec.bias)
-        self.down = nn.Linear(spec.d_ff, spec.d_model, bias=spec.bias)
+        self.up = Linear(spec.d_model, spec.d_ff, bias=spec.bias)
+        self.down = Linear(spec.d_ff, spec.d_model, bias=spec.bias)
         self.activation = activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
