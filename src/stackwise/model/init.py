@@ -80,5 +80,7 @@ def init_weights(module: nn.Module, start: Start, *, prefix: str = "", zero_outp
         if getattr(getattr(child, "spec", None), "zero_init_outputs", False)
     ]
     for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            continue  # a rack that is only counted holds no numbers
         zero = zero_outputs or any(name.startswith(path) for path in zeroed)
         init_tensor(prefix + name, parameter, start, zero_output=zero)

@@ -70,7 +70,9 @@ class Rack(nn.Module):
         super().__init__()
         d_model = spec.d_model
         self.spec = spec
-        self.embedding = nn.Embedding(spec.vocab_size, d_model)
+        # Without torch's own random start: `init_weights` gives one, and on the meta device the other would import
+        # the compiler, which takes a second.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, d_model), freeze=False)
         self.positions = POSITION_LAYERS.get(spec.positions)(spec.max_seq_len, d_model)
         fresh = stacks is None
         self.stacks = Stacks(stacks or [Stack.from_spec(s, i) for i, s in enumerate(spec.stacks)])
