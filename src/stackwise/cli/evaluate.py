@@ -1,0 +1,79 @@
+"""`stackwise eval`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.options import Json, Run, Threads, find_run
+from stackwise.cli.output import note, print_json
+from stackwise.config.errors import ConfigError
+
+
+def evaluate(
+    run: Run,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", help="Rows per batch: speed and memory, not the result."),
+    ] = None,
+    as_json: Json = False,
+    threads: Threads = None,
+) -> None:
+    """Measure a run on its whole held-out text: loss, perplexity, and bits per byte.
+
+    Computed in float32 over non-overlapping windows of `training.seq_len`, every token counted once. Bits per byte
+    does not depend on the tokenizer, so it compares runs with different ones.
+
+    \b
+    Examples:
+      stackwise eval runs/demo
+      stackwise eval demo --batch-size 64 --json
+    """
+    path = find_run(run)
+    from stackwise.data.errors import DataError
+    from stackwise.data.prepare import prepare
+    from stackwise.evaluation.perplexity import perplexity
+    from stackwise.training.device import pick_device
+    from stackwise.training.run import open_run
+
+    opened = open_run(path)
+    config = opened.config
+    if batch_size is not None:
+        try:
+            config.evaluation.batch_size = batch_size
+        except ConfigError as error:
+            raise ConfigError(replace(problem, key="--batch-size") for problem in error.problems) from None
+    if config.data.tokenizer not in ("byte", "char"):
+        config.data.tokenizer = str(opened.folder.tokenizer)  # the run's own copy, which is always there
+    assert config.data.cache_dir is not None  # a stored configuration is resolved
+    corpus = prepare(config.data, config.data.cache_dir)
+    if corpus.tokenizer.hash != opened.tokenizer.hash:
+        raise DataError(
+            "the text holds other characters than when the run was trained, so its tokens mean something else",
+            where=f"data.path {config.data.path}",
+            hint="put the text back as it was",
+        )
+    if corpus.hash != opened.meta["corpus"]:
+        note("the text has changed since the run was trained; what is held out now may have been trained on")
+    result = perplexity(
+        opened.rack.to(pick_device("auto")),
+        corpus.validation,
+        seq_len=config.training.seq_len,
+        batch_size=config.evaluation.batch_size or config.training.batch_size,
+        packing=config.data.packing,
+        doc_mask=config.data.doc_mask,
+        pad_id=corpus.tokenizer.pad_id,
+    )
+    if as_json:
+        print_json(
+            {"run": str(path), "commit": opened.commit.id, "step": opened.commit.step, **result.to_dict()}
+        )
+        return
+    print(f"{path}, step {opened.commit.step:,}, on {corpus.validation.n_bytes:,} bytes of held-out text")
+    print(f"  loss            {result.nats_per_token:.4f} nats per token ({result.label})")
+    print(f"  perplexity      {result.perplexity:.3f}")
+    if result.bits_per_byte is not None:
+        print(f"  bits per byte   {result.bits_per_byte:.4f}")
+    print(f"  tokens          {result.tokens:,} in {result.windows:,} windows of {result.seq_len:,}")

@@ -1,0 +1,114 @@
+"""`stackwise train`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stackwise.cli.errors import UsageError
+from stackwise.cli.options import Config, Overrides, Threads, load_config
+from stackwise.cli.output import next_steps
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+    from stackwise.tracking.events import Sink
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the stored run; an error where there is none.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the run folder.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="One line per event, as in a pipe; no live display.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Train as a configuration says.
+
+    Everything is written to `checkpoint.dir`/`training.run_id`: resolved configuration, environment, metrics,
+    tokenizer, checkpoints, plots, report and sample. Ctrl-C and SIGTERM save first (a second one stops at once); the
+    same command then continues exactly where it stopped.
+
+    \b
+    Examples:
+      stackwise train demo
+      stackwise train my.yaml training.optimizer.lr=1e-3 training.run_id=faster
+      stackwise train my.yaml data.source=text data.path='books/*.txt'
+      stackwise train my.yaml --resume
+    """
+    settings = load_config(config, overrides)
+    if resume:
+        _demand_run(settings)
+    again = ["stackwise", "train", config, *(overrides or ()), "--resume"]
+    run_dir = train_run(settings, sinks=choose_sinks(quiet, plain), again=shlex.join(again))
+    if quiet:
+        print(run_dir)
+    else:
+        show_results(run_dir)
+
+
+def train_run(settings: StackWiseConfig, *, sinks: list[Sink] | None, again: str) -> Path:
+    """Train and give back the run folder; a stop by signal is raised again with the command that continues."""
+    from stackwise.training.errors import Interrupted
+    from stackwise.training.run import train as run_training
+
+    try:
+        return Path(run_training(settings, sinks=sinks)["run_dir"])
+    except Interrupted as error:
+        raise Interrupted(error.signum, f"{error}. To continue:\n  {again}") from None
+
+
+def choose_sinks(quiet: bool, plain: bool) -> list[Sink] | None:
+    """Where the events go besides metrics.jsonl; null is the console as it suits the terminal."""
+    if quiet:
+        return []
+    if plain:
+        from stackwise.tracking.console import ConsoleProgress
+
+        return [ConsoleProgress(live=False)]
+    return None
+
+
+def show_results(run_dir: Path) -> None:
+    """Where things are, and what to type next."""
+    from stackwise.tracking.folder import RunFolder
+
+    folder = RunFolder(run_dir)
+    print(f"\nRun     {folder.path}")
+    if folder.report.exists():
+        print(f"Report  {folder.report}")
+    run = shlex.quote(str(run_dir))
+    next_steps(
+        text_from_it=f"stackwise generate {run}",
+        measure_it=f"stackwise eval {run}",
+        its_stages=f"stackwise runs show {run}",
+    )
+
+
+def _demand_run(settings: StackWiseConfig) -> None:
+    """`--resume`: continue what is stored, never start over, never delete."""
+    from stackwise.tracking.folder import RunFolder
+
+    checkpoint = settings.checkpoint
+    checkpoint.overwrite = False
+    if checkpoint.resume not in ("auto", "never"):
+        return  # a path, which demands a run by itself
+    checkpoint.resume = "auto"
+    folder = RunFolder(Path(checkpoint.dir) / settings.training.run_id)
+    if not folder.holds_a_run():
+        raise UsageError(
+            f"--resume: {folder.path} holds no run to continue; leave --resume out to start one, or set "
+            "training.run_id and checkpoint.dir as they were (`stackwise runs` lists the runs there are)"
+        )
+    commits = folder.store / "commits"
+    if not commits.is_dir() or not any(commits.iterdir()):
+        raise UsageError(
+            f"--resume: the run in {folder.path} ended before its first save, so there is nothing to continue; "
+            "leave --resume out to start it over"
+        )
