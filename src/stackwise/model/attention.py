@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from stackwise.kernels.attention import attention
 from stackwise.kernels.rotary import rotary_table, rotate
 from stackwise.model.linear import Linear
 from stackwise.model.norms import RMSNorm
@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 
 def attend(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask: Mask, dropout: float) -> Tensor:
     """softmax(q k / sqrt(H)) v over the visible keys; rows that see none give 0. -> [B, N, T, H]."""
-    out = F.scaled_dot_product_attention(
-        q_BNTH,
-        k_BNSH,
-        v_BNSH,
-        attn_mask=mask.visible,
-        dropout_p=dropout,
-        is_causal=mask.is_causal,
-        enable_gqa=k_BNSH.shape[1] != q_BNTH.shape[1],
-    )
+    out = attention(q_BNTH, k_BNSH, v_BNSH, visible=mask.visible, causal=mask.is_causal, dropout=dropout)
     return out if mask.dead is None else out.masked_fill(mask.dead, 0.0)
 
 

@@ -13,7 +13,11 @@ from torch import Tensor
 
 
 class Mask(NamedTuple):
-    """What attention needs. `is_causal`: plain causal, no tensor. `visible` [B or 1, 1, T, S]; `dead` [B, 1, T, 1]."""
+    """What attention needs.
+
+    `is_causal`: T = S and query t sees no key after t. `visible` [B or 1, 1, T, S]: all that may be seen, causality
+    included; null when `is_causal` says all. `dead` [B, 1, T, 1]: queries that see nothing; null when there are none.
+    """
 
     is_causal: bool
     visible: Tensor | None
@@ -72,4 +76,4 @@ class Visibility:
         if self.padding is not None:
             visible = visible & self.padding[:, None, None, :]
             dead = ~visible.any(dim=-1, keepdim=True)
-        return Mask(False, visible, dead)
+        return Mask(causal and self.past == 0, visible, dead)
