@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stackwise.kernels import packed_linear
-from stackwise.kernels.packed_linear import PackedLinear, packed_linear_reference
+from stackwise.kernels import packed_linear as kernel
+from stackwise.kernels.packed_linear import packed_linear, packed_linear_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -16,20 +16,21 @@ from stackwise.kernels.packed_linear import PackedLinear, packed_linear_referenc
 def test_it_gives_what_a_linear_layer_gives(
     dtype: torch.dtype, rows: int, bias: bool, blocked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernel, "SMALL", 0)
     if not blocked:
-        monkeypatch.setattr(packed_linear, "_blocked_product", lambda: None)
+        monkeypatch.setattr(kernel, "_blocked_product", lambda: None)
     torch.manual_seed(0)
     weight = torch.randn(65, 24).to(dtype)
     shift = torch.randn(65).to(dtype) if bias else None
     x = torch.randn(rows, 24).to(dtype)
     with torch.no_grad():
-        got = PackedLinear(weight, shift, rows)(x)
+        got = packed_linear(weight, shift, rows)(x)
         torch.testing.assert_close(got, packed_linear_reference(x, weight, shift))
 
 
 def test_the_copy_does_not_follow_the_weight() -> None:
     weight = torch.randn(8, 4)
-    layer = PackedLinear(weight, None, 1)
+    layer = packed_linear(weight, None, 1)
     x = torch.randn(1, 4)
     before = layer(x)
     weight.zero_()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stackwise.kernels.packed_linear import PackedLinear
+from stackwise.kernels.packed_linear import packed_linear
 from stackwise.kernels.rotary import rotary_table
 from stackwise.model.attention import Attention
 from stackwise.model.block import Block, Stack
@@ -87,7 +87,7 @@ class DecodePlan:
         self.rack, self.rows = rack, rows
         self.blocks = [_BlockPlan(block, rows) for block in rack.blocks()]
         self.normalise = _normaliser(rack.norm)
-        self.head = PackedLinear(*_fold(rack.norm, rack.head.matrix, None), rows)
+        self.head = packed_linear(*_fold(rack.norm, rack.head.matrix, None), rows)
 
     def start(self, cache: KVCache, position_ids: Tensor, padding: Tensor | None) -> None:
         """Continue after the prompts that `cache` holds; it is read now and not needed any more.
@@ -168,17 +168,19 @@ class _Held:
 
     def grow(self, length: int, capacity: int, complex_numbers: bool) -> None:
         rows, heads, _, width = self.keys.shape
-        pair = self.keys.new_zeros(2, rows, heads, capacity, width)
+        pair = self.keys.new_empty(2, rows, heads, capacity, width)
         pair[0, :, :, :length] = self.keys[:, :, :length]
         pair[1, :, :, :length] = self.values[:, :, :length]
+        pair[:, :, :, length:] = 0.0  # hidden by the bias, but not a number would stay one
         self.keys, self.values = pair[0], pair[1]
         self.keys_t = self.keys.flatten(0, 1).transpose(1, 2)  # [B K, H, capacity]
         self.values_t = self.values.flatten(0, 1)  # [B K, capacity, H]
-        # where token t is written: [capacity, B, K, H], or [..., H/2] complex numbers
-        places = pair.movedim(3, 1)
-        if complex_numbers:
+        places = pair.permute(
+            3, 1, 0, 2, 4
+        )  # where key and value of a token are written: [capacity, B, 2, K, H]
+        if complex_numbers:  # pairs of numbers are one: [..., H/2]
             places = torch.view_as_complex(places.unflatten(-1, (-1, 2)))
-        self.key_places, self.value_places = places[0], places[1]
+        self.places = places
 
 
 class _Reader:
@@ -197,7 +199,7 @@ class _Reader:
         else:
             self.gain, self.shift = _affine(norm)
             self.taps = conv.weight.unbind(0)
-        self.linear = PackedLinear(weight, bias, rows)
+        self.linear = packed_linear(weight, bias, rows)
 
     def __call__(self, x_BD: Tensor, inputs: list[Tensor]) -> Tensor:
         """`inputs`: what the convolution read at the tokens before, newest first."""
@@ -230,11 +232,11 @@ class _BlockPlan:
             self.qk_norm, scale = _normaliser(attn.q_norm), 1.0
         qkv = _joined((attn.q, attn.k, attn.v), (scale, 1.0, 1.0))
         self.qkv = _Reader(block.attn_norm, block.attn_conv, *qkv, rows)
-        self.out = PackedLinear(*_joined((attn.o,), (block.gain,)), rows)
+        self.out = packed_linear(*_joined((attn.o,), (block.gain,)), rows)
         self.gated, self.activation = isinstance(ffn, GatedFeedForward), ffn.activation
         inner = _joined((ffn.gate, ffn.up) if self.gated else (ffn.up,))
         self.inner = _Reader(block.ffn_norm, block.ffn_conv, *inner, rows)
-        self.down = PackedLinear(*_joined((ffn.down,), (block.gain,)), rows)
+        self.down = packed_linear(*_joined((ffn.down,), (block.gain,)), rows)
 
     def __call__(self, x_BD: Tensor, held: _Held, at: int, turn: Tensor | None, bias: Tensor) -> None:
         """turn [B or 1, 1, H/2] rotates queries and keys; bias [B K or 1, 1, S] is -inf where nothing is to be seen."""
@@ -243,15 +245,11 @@ class _BlockPlan:
         if self.qk_norm is not None:
             qk, v = qkv[:, : n + k_heads], qkv[:, n + k_heads :]
             qkv = torch.cat((self.qk_norm(qk).mul_(self.qk_gain), v), dim=1)
+        q = qkv.narrow(1, 0, n)
         if turn is not None:
             qkv = torch.view_as_complex(qkv.view(self.rows, -1, self.head_dim // 2, 2))
-        q, k, v = qkv.narrow(1, 0, n), qkv.narrow(1, n, k_heads), qkv.narrow(1, n + k_heads, k_heads)
-        held.value_places[at].copy_(v)
-        if turn is None:
-            held.key_places[at].copy_(k)
-        else:
-            torch.mul(k, turn, out=held.key_places[at])
-            q = torch.view_as_real(q * turn)
+            qkv.narrow(1, 0, n + k_heads).mul_(turn)
+        held.places[at].copy_(qkv.narrow(1, n, 2 * k_heads).unflatten(1, (2, k_heads)))
         q = q.reshape(self.kv_rows, self.group, self.head_dim)
         seen = torch.softmax(torch.baddbmm(bias, q, held.keys_t), -1)
         x_BD += self.out(torch.bmm(seen, held.values_t).view(self.rows, -1))
@@ -301,7 +299,10 @@ def _joined(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of linear layers side by side, each times its factor."""
     factors = factors or [1.0] * len(layers)
-    weight = torch.cat([layer.weight * f for layer, f in zip(layers, factors, strict=True)])
-    if layers[0].bias is None:
-        return weight, None
-    return weight, torch.cat([layer.bias * f for layer, f in zip(layers, factors, strict=True)])
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        scaled = [tensor if f == 1.0 else tensor * f for tensor, f in zip(tensors, factors, strict=True)]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return join([layer.weight for layer in layers]), join(biases) if biases else None
