@@ -54,6 +54,8 @@ _COVERED: tuple[type[nn.Module], ...] = (
 )
 
 Normalise = Callable[[Tensor], Tensor]
+Layer = tuple[Tensor, Tensor | None, float]
+"""Weight, bias and a factor on both."""
 
 
 def uncovered(rack: Rack) -> str | None:
@@ -87,7 +89,7 @@ class DecodePlan:
         self.rack, self.rows = rack, rows
         self.blocks = [_BlockPlan(block, rows) for block in rack.blocks()]
         self.normalise = _normaliser(rack.norm)
-        self.head = packed_linear(*_fold(rack.norm, rack.head.matrix, None), rows)
+        self.head = packed_linear(*_joined([(rack.head.matrix, None, 1.0)], rack.norm), rows)
 
     def start(self, cache: KVCache, position_ids: Tensor, padding: Tensor | None) -> None:
         """Continue after the prompts that `cache` holds; it is read now and not needed any more.
@@ -101,7 +103,11 @@ class DecodePlan:
         self.added = None if rack.positions is None else rack.positions(position_ids).unbind(1)
         kinds = {(block.rope_theta, block.head_dim) for block in self.blocks}
         self.turns = {kind: self._turns(*kind, position_ids) for kind in kinds}
-        self.held = [_Held(block) for block in cache.blocks]
+        self.limit = self.length + position_ids.shape[1]
+        self.held = [
+            _Held(held, self.limit, block.rope_theta is not None)
+            for held, block in zip(cache.blocks, self.blocks, strict=True)
+        ]
         self.capacity = self.length
         self._grow()
 
@@ -121,9 +127,9 @@ class DecodePlan:
         are still empty: a few wasted products, but memory read in one stream, which is about twice as fast as
         skipping over a reserve behind every head.
         """
-        self.capacity += max(32, self.capacity // 8)
-        for held, block in zip(self.held, self.blocks, strict=True):
-            held.grow(self.length, self.capacity, complex_numbers=block.rope_theta is not None)
+        self.capacity = min(self.limit, self.capacity + max(32, self.capacity // 8))
+        for held in self.held:
+            held.grow(self.length, self.capacity)
         bias = self.rack.embedding.weight.new_zeros(
             self.rows if self.padding is not None else 1, self.capacity
         )
@@ -161,24 +167,28 @@ class _Held:
     Keys and values are [B, K, capacity, H] each, with views for reading and for writing.
     """
 
-    def __init__(self, prompts: BlockCache) -> None:
-        length = prompts.length
-        self.keys, self.values = prompts.keys[:, :, :length], prompts.values[:, :, :length]
+    def __init__(self, prompts: BlockCache, limit: int, complex_numbers: bool) -> None:
+        """`limit` is the largest capacity that will be asked for."""
+        length, (rows, heads, _, width) = prompts.length, prompts.keys.shape
+        self.pair = torch.stack((prompts.keys[:, :, :length], prompts.values[:, :, :length]))
+        self.buffer = self.pair.new_empty(2 * rows * heads * limit * width)
+        self.complex_numbers = complex_numbers
         self.attn_inputs, self.ffn_inputs = _newest_first(prompts, "attn"), _newest_first(prompts, "ffn")
 
-    def grow(self, length: int, capacity: int, complex_numbers: bool) -> None:
-        rows, heads, _, width = self.keys.shape
-        pair = self.keys.new_empty(2, rows, heads, capacity, width)
-        pair[0, :, :, :length] = self.keys[:, :, :length]
-        pair[1, :, :, :length] = self.values[:, :, :length]
-        pair[:, :, :, length:] = 0.0  # hidden by the bias, but not a number would stay one
-        self.keys, self.values = pair[0], pair[1]
-        self.keys_t = self.keys.flatten(0, 1).transpose(1, 2)  # [B K, H, capacity]
-        self.values_t = self.values.flatten(0, 1)  # [B K, capacity, H]
-        places = pair.permute(
+    def grow(self, length: int, capacity: int) -> None:
+        """Lay out the `length` tokens held for `capacity`, in the same memory."""
+        held = self.pair[:, :, :, :length].clone()
+        rows, heads, _, width = held.shape[1:]
+        shape = (2, rows, heads, capacity, width)
+        self.pair = self.buffer[: math.prod(shape)].view(shape)
+        self.pair[:, :, :, :length] = held
+        self.pair[:, :, :, length:] = 0.0  # hidden by the bias, but what is not a number would stay it
+        self.keys_t = self.pair[0].flatten(0, 1).transpose(1, 2)  # [B K, H, capacity]
+        self.values = self.pair[1].flatten(0, 1)  # [B K, capacity, H]
+        places = self.pair.permute(
             3, 1, 0, 2, 4
-        )  # where key and value of a token are written: [capacity, B, 2, K, H]
-        if complex_numbers:  # pairs of numbers are one: [..., H/2]
+        )  # where a token's key and value are written: [capacity, B, 2, K, H]
+        if self.complex_numbers:  # pairs of numbers are one: [..., H/2]
             places = torch.view_as_complex(places.unflatten(-1, (-1, 2)))
         self.places = places
 
@@ -186,20 +196,15 @@ class _Held:
 class _Reader:
     """Norm, short convolution where there is one, and the linear layers that read them."""
 
-    def __init__(
-        self, norm: nn.Module, conv: ShortConv | None, weight: Tensor, bias: Tensor | None, rows: int
-    ) -> None:
-        assert isinstance(norm, RMSNorm | LayerNorm)
+    def __init__(self, norm: nn.Module, conv: ShortConv | None, layers: Sequence[Layer], rows: int) -> None:
         self.normalise = _normaliser(norm)
         self.gain: Tensor | None = None
         self.shift: Tensor | None = None
         self.taps: Sequence[Tensor] = ()
-        if conv is None:
-            weight, bias = _fold(norm, weight, bias)
-        else:
+        if conv is not None:
             self.gain, self.shift = _affine(norm)
             self.taps = conv.weight.unbind(0)
-        self.linear = packed_linear(weight, bias, rows)
+        self.linear = packed_linear(*_joined(layers, norm if conv is None else None), rows)
 
     def __call__(self, x_BD: Tensor, inputs: list[Tensor]) -> Tensor:
         """`inputs`: what the convolution read at the tokens before, newest first."""
@@ -230,13 +235,13 @@ class _BlockPlan:
             gains = [attn.q_norm.weight * scale] * spec.n_heads + [attn.k_norm.weight] * spec.n_kv_heads
             self.qk_gain = torch.stack(gains) * math.sqrt(spec.head_dim)
             self.qk_norm, scale = _normaliser(attn.q_norm), 1.0
-        qkv = _joined((attn.q, attn.k, attn.v), (scale, 1.0, 1.0))
-        self.qkv = _Reader(block.attn_norm, block.attn_conv, *qkv, rows)
-        self.out = packed_linear(*_joined((attn.o,), (block.gain,)), rows)
+        qkv = [_layer(attn.q, scale), _layer(attn.k), _layer(attn.v)]
+        self.qkv = _Reader(block.attn_norm, block.attn_conv, qkv, rows)
+        self.out = packed_linear(*_joined([_layer(attn.o, block.gain)]), rows)
         self.gated, self.activation = isinstance(ffn, GatedFeedForward), ffn.activation
-        inner = _joined((ffn.gate, ffn.up) if self.gated else (ffn.up,))
-        self.inner = _Reader(block.ffn_norm, block.ffn_conv, *inner, rows)
-        self.down = packed_linear(*_joined((ffn.down,), (block.gain,)), rows)
+        inner = [_layer(ffn.gate), _layer(ffn.up)] if self.gated else [_layer(ffn.up)]
+        self.inner = _Reader(block.ffn_norm, block.ffn_conv, inner, rows)
+        self.down = packed_linear(*_joined([_layer(ffn.down, block.gain)]), rows)
 
     def __call__(self, x_BD: Tensor, held: _Held, at: int, turn: Tensor | None, bias: Tensor) -> None:
         """turn [B or 1, 1, H/2] rotates queries and keys; bias [B K or 1, 1, S] is -inf where nothing is to be seen."""
@@ -249,10 +254,10 @@ class _BlockPlan:
         if turn is not None:
             qkv = torch.view_as_complex(qkv.view(self.rows, -1, self.head_dim // 2, 2))
             qkv.narrow(1, 0, n + k_heads).mul_(turn)
-        held.places[at].copy_(qkv.narrow(1, n, 2 * k_heads).unflatten(1, (2, k_heads)))
+        held.places[at].copy_(qkv.narrow(1, n, 2 * k_heads).view(self.rows, 2, k_heads, -1))
         q = q.reshape(self.kv_rows, self.group, self.head_dim)
         seen = torch.softmax(torch.baddbmm(bias, q, held.keys_t), -1)
-        x_BD += self.out(torch.bmm(seen, held.values_t).view(self.rows, -1))
+        x_BD += self.out(torch.bmm(seen, held.values).view(self.rows, -1))
         inner = self.inner(x_BD, held.ffn_inputs)
         if self.gated:
             gate, up = inner.chunk(2, -1)
@@ -273,36 +278,42 @@ def _normaliser(norm: nn.Module) -> Normalise:
     return lambda x: torch.div(x, torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), side))
 
 
-def _affine(norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor | None]:
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     """What `_normaliser` leaves out: the factor and the shift of each column."""
+    assert isinstance(norm, RMSNorm | LayerNorm)
     if isinstance(norm, LayerNorm):
         return norm.weight, norm.bias
     return norm.weight * math.sqrt(norm.weight.numel()), None
 
 
-def _fold(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer that reads the parameter-free norm and gives what it gave after the norm."""
-    assert isinstance(norm, RMSNorm | LayerNorm)
-    gain, shift = _affine(norm)
-    if shift is not None:
-        bias = weight @ shift if bias is None else bias + weight @ shift
-    return weight * gain, bias
+def _layer(linear: nn.Linear, factor: float = 1.0) -> Layer:
+    return linear.weight, linear.bias, factor
+
+
+def _joined(layers: Sequence[Layer], norm: nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layers side by side, each times its factor.
+
+    With a norm they read its parameter-free form and give what they gave after the norm itself.
+    """
+    gain, shift = (None, None) if norm is None else _affine(norm)
+    biases = []
+    for weight, bias, factor in layers:
+        moved = bias
+        if shift is not None:
+            moved = weight @ shift if bias is None else bias + weight @ shift
+        if moved is not None:
+            biases.append(moved * factor)
+    bias = torch.cat(biases) if biases else None
+    if gain is None and len(layers) == 1 and layers[0][2] == 1.0:
+        return layers[0][0], bias
+    first = layers[0][0]
+    joined = first.new_empty(sum(weight.shape[0] for weight, _, _ in layers), first.shape[1])
+    rows = joined.split([weight.shape[0] for weight, _, _ in layers])
+    for place, (weight, _, factor) in zip(rows, layers, strict=True):
+        torch.mul(weight, factor if gain is None else gain * factor, out=place)
+    return joined, bias
 
 
 def _newest_first(prompts: BlockCache, name: str) -> list[Tensor]:
     kept = prompts.kept(name)
     return [] if kept is None else list(kept.flip(1).unbind(1))
-
-
-def _joined(
-    layers: Sequence[nn.Linear], factors: Sequence[float] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of linear layers side by side, each times its factor."""
-    factors = factors or [1.0] * len(layers)
-
-    def join(tensors: Sequence[Tensor]) -> Tensor:
-        scaled = [tensor if f == 1.0 else tensor * f for tensor, f in zip(tensors, factors, strict=True)]
-        return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
-
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return join([layer.weight for layer in layers]), join(biases) if biases else None
