@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import os
 import shlex
 import signal
 import sys
@@ -124,7 +125,8 @@ def main(arguments: Sequence[str]) -> int:
 def _returned(result: Any) -> int:
     """typer hands back the code of an early exit, and 130 for Ctrl-C, in place of the verb's own None."""
     if result == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
+        # the terminal has put ^C on the line that was being written
+        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 
@@ -151,6 +153,8 @@ def _reader_gone() -> int:
 def _prepare_process() -> None:
     """SIGTERM cleans up, text that the terminal cannot show ends no run, a warning is one line without source code."""
     signal.signal(signal.SIGTERM, _unwind)
+    # Threads of the math libraries that wait by spinning cost ten times the work itself when cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
