@@ -33,7 +33,10 @@ def info(as_json: Json = False, threads: Threads = None) -> None:
     for section, values in facts.items():
         print(section)
         for name, value in values.items():
-            print(f"  {name.replace('_', ' '):<17} {_text(name, value)}")
+            label = name.removesuffix("_bytes").replace("_", " ")
+            print(
+                f"  {label:<17} {_missing(name) if value is False and name in EXTRAS else _text(name, value)}"
+            )
 
 
 def _facts() -> dict[str, dict[str, Any]]:
@@ -47,7 +50,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     where = environment()
     auto = pick_device("auto")
     return {
-        "packages": {"python": where["python"], **where["packages"]},
+        "packages": {"stackwise": stackwise.__version__, "python": where["python"], **where["packages"]},
         "optional": {name: find_spec(name) is not None for name in EXTRAS},
         "machine": {name: where[name] for name in ("os", "cpu", "cpus", "memory_bytes")},
         "compute": {
@@ -66,12 +69,14 @@ def _facts() -> dict[str, dict[str, Any]]:
     }
 
 
+def _missing(name: str) -> str:
+    use, extra = EXTRAS[name]
+    return f"no; {use} needs: pip install 'stackwise[{extra}]'"
+
+
 def _text(name: str, value: Any) -> str:
     from stackwise.tracking import units
 
-    if name in EXTRAS:
-        use, extra = EXTRAS[name]
-        return "installed" if value else f"missing; {use} needs: pip install 'stackwise[{extra}]'"
     if name == "memory_bytes":
         return units.size(value)
     if isinstance(value, bool):

@@ -39,7 +39,10 @@ def print_table(
     for index, name in enumerate(columns):
         text = index == 0 or name.startswith("text:")
         table.add_column(
-            Text(name.removeprefix("text:")), justify="left" if text else "right", overflow="fold"
+            Text(name.removeprefix("text:")),
+            justify="left" if text else "right",
+            overflow="fold",
+            no_wrap=index == 0,
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -30,7 +30,6 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
         [
             f"{number} {stage.name}",
             stage.grows or "-",
-            ", ".join(stage.trains),
             units.steps(stage.steps),
             units.count(stage.tokens),
             units.count(stage.parameters),
@@ -44,23 +43,16 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     items = " + ".join(f"{name} {units.size(size)}" for name, size in largest.bytes.items())
     print_table(
         "",
-        [
-            "stage",
-            "text:grows",
-            "text:trains",
-            "steps",
-            "tokens",
-            "parameters",
-            "trained",
-            "compute",
-            "memory",
-        ],
+        ["stage", "text:grows", "steps", "tokens", "weights", "trained", "compute", "memory"],
         rows,
         caption=f"In all {units.count(laid_out.total_tokens)} tokens and {units.flops(laid_out.total_flops)}. "
         f"Memory at its largest, in {largest.name}: {items}.",
     )
-    print()
+    print("\nTrained in each stage")
+    for row, stage in zip(rows, laid_out.stages, strict=True):
+        print(f"  {row[0]:<10} {', '.join(stage.trains)}")
+    print("\nDerived")
     for derived in laid_out.derived:
-        print(derived)
+        print(f"  {derived}")
     for text in laid_out.notes:
         note(text)

@@ -124,7 +124,7 @@ def rm(run: Run, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not a
 
 
 def validation_table(history: RunHistory) -> list[list[str]]:
-    """Rows of stage, stacks, trained share, steps and validation loss: before growth, after it, at the stage's end."""
+    """Rows of stage, stacks, weights, trained ones, steps and validation loss: before growth, after it, at the stage's end."""
     from stackwise.tracking import units
 
     growths = {growth.stage: growth for growth in history.growths}
@@ -136,7 +136,8 @@ def validation_table(history: RunHistory) -> list[list[str]]:
             [
                 f"{stage.index + 1} {stage.get('name')}",
                 str(stage.get("n_stacks")),
-                f"{units.count(stage.get('trainable_params'))} of {units.count(stage.get('params'))}",
+                units.count(stage.get("params")),
+                units.count(stage.get("trainable_params")),
                 units.steps(stage.get("steps") or 0),
                 units.loss(before),
                 units.loss(growth.after["loss"] if growth else None),
@@ -147,7 +148,17 @@ def validation_table(history: RunHistory) -> list[list[str]]:
     return rows
 
 
-VALIDATION_COLUMNS = ["stage", "stacks", "trained", "steps", "before growth", "after", "stage end", "time"]
+VALIDATION_COLUMNS = [
+    "stage",
+    "stacks",
+    "weights",
+    "trained",
+    "steps",
+    "before growth",
+    "after",
+    "stage end",
+    "time",
+]
 
 
 def _print_run(folder: RunFolder, history: RunHistory) -> None:
