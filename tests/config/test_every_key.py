@@ -109,6 +109,7 @@ PROOFS: dict[str, Proof] = {
     "model.pos_encoding": rack("sinusoidal"),
     "model.use_rope": rack(False),
     "model.rope_theta": rack(500.0),
+    "model.embedding_norm": rack(True),
     "model.tie_embeddings": rack(True),
     "model.residual_gain": rack(0.5),
     "model.short_conv": rack(3),

@@ -104,10 +104,7 @@ class DecodePlan:
         kinds = {(block.rope_theta, block.head_dim) for block in self.blocks}
         self.turns = {kind: self._turns(*kind, position_ids) for kind in kinds}
         self.limit = self.length + position_ids.shape[1]
-        self.held = [
-            _Held(held, self.limit, block.rope_theta is not None)
-            for held, block in zip(cache.blocks, self.blocks, strict=True)
-        ]
+        self.held = [_Held(held, self.limit) for held in cache.blocks]
         self.capacity = self.length
         self._grow()
 
@@ -151,7 +148,7 @@ class DecodePlan:
         at, step = self.length, self.length - self.first
         for bias in self.bias_by_heads.values():
             bias[:, :, at] = 0.0
-        x_BD = F.embedding(ids_B, self.rack.embedding.weight)
+        x_BD = self.rack.look_up(ids_B)
         if self.added is not None:
             x_BD += self.added[step]
         for block, held in zip(self.blocks, self.held, strict=True):
@@ -164,33 +161,35 @@ class DecodePlan:
 class _Held:
     """What one block keeps of the tokens it has seen: keys and values, and the last inputs of its convolutions.
 
-    Keys and values are [B, K, capacity, H] each, with views for reading and for writing.
+    keys [B K, capacity, H] and values [B K, H, capacity], each in the order in which its product reads fastest.
     """
 
-    def __init__(self, prompts: BlockCache, limit: int, complex_numbers: bool) -> None:
+    def __init__(self, prompts: BlockCache, limit: int) -> None:
         """`limit` is the largest capacity that will be asked for."""
         length, (rows, heads, _, width) = prompts.length, prompts.keys.shape
-        self.pair = torch.stack((prompts.keys[:, :, :length], prompts.values[:, :, :length]))
-        self.buffer = self.pair.new_empty(2 * rows * heads * limit * width)
-        self.complex_numbers = complex_numbers
+        self.shape = (rows, heads, width)
+        self.keys = prompts.keys[:, :, :length].flatten(0, 1)
+        self.values = prompts.values[:, :, :length].flatten(0, 1).transpose(1, 2)
+        self.buffer = self.keys.new_empty(2, rows * heads * limit * width)
         self.attn_inputs, self.ffn_inputs = _newest_first(prompts, "attn"), _newest_first(prompts, "ffn")
 
     def grow(self, length: int, capacity: int) -> None:
         """Lay out the `length` tokens held for `capacity`, in the same memory."""
-        held = self.pair[:, :, :, :length].clone()
-        rows, heads, _, width = held.shape[1:]
-        shape = (2, rows, heads, capacity, width)
-        self.pair = self.buffer[: math.prod(shape)].view(shape)
-        self.pair[:, :, :, :length] = held
-        self.pair[:, :, :, length:] = 0.0  # hidden by the bias, but what is not a number would stay it
-        self.keys_t = self.pair[0].flatten(0, 1).transpose(1, 2)  # [B K, H, capacity]
-        self.values = self.pair[1].flatten(0, 1)  # [B K, capacity, H]
-        places = self.pair.permute(
-            3, 1, 0, 2, 4
-        )  # where a token's key and value are written: [capacity, B, 2, K, H]
-        if self.complex_numbers:  # pairs of numbers are one: [..., H/2]
-            places = torch.view_as_complex(places.unflatten(-1, (-1, 2)))
-        self.places = places
+        rows, heads, width = self.shape
+        size = rows * heads * capacity * width
+        held = self.keys[:, :length].clone()
+        self.keys = self.buffer[0, :size].view(-1, capacity, width)
+        self.keys[:, :length] = held
+        held = self.values[:, :, :length].clone()
+        self.values = self.buffer[1, :size].view(-1, width, capacity)
+        self.values[:, :, :length] = held
+        # hidden by the bias, but what is not a number would stay it
+        self.keys[:, length:] = 0.0
+        self.values[:, :, length:] = 0.0
+        self.keys_t = self.keys.transpose(1, 2)
+        # where the key and the value of a token are written: [capacity, B, K, H]
+        self.key_places = self.keys.view(rows, heads, capacity, width).permute(2, 0, 1, 3)
+        self.value_places = self.values.view(rows, heads, width, capacity).permute(3, 0, 1, 2)
 
 
 class _Reader:
@@ -250,14 +249,15 @@ class _BlockPlan:
         if self.qk_norm is not None:
             qk, v = qkv[:, : n + k_heads], qkv[:, n + k_heads :]
             qkv = torch.cat((self.qk_norm(qk).mul_(self.qk_gain), v), dim=1)
-        q = qkv.narrow(1, 0, n)
         if turn is not None:
-            qkv = torch.view_as_complex(qkv.view(self.rows, -1, self.head_dim // 2, 2))
-            qkv.narrow(1, 0, n + k_heads).mul_(turn)
-        held.places[at].copy_(qkv.narrow(1, n, 2 * k_heads).view(self.rows, 2, k_heads, -1))
-        q = q.reshape(self.kv_rows, self.group, self.head_dim)
+            pairs = torch.view_as_complex(qkv.view(self.rows, -1, self.head_dim // 2, 2))
+            pairs.narrow(1, 0, n + k_heads).mul_(turn)
+        held.key_places[at].copy_(qkv.narrow(1, n, k_heads))
+        held.value_places[at].copy_(qkv.narrow(1, n + k_heads, k_heads))
+        q = qkv.narrow(1, 0, n).reshape(self.kv_rows, self.group, self.head_dim)
         seen = torch.softmax(torch.baddbmm(bias, q, held.keys_t), -1)
-        x_BD += self.out(torch.bmm(seen, held.values).view(self.rows, -1))
+        mixed = torch.bmm(held.values, seen.transpose(1, 2))  # [B K, H, N / K]
+        x_BD += self.out(mixed.transpose(1, 2).reshape(self.rows, -1))
         inner = self.inner(x_BD, held.ffn_inputs)
         if self.gated:
             gate, up = inner.chunk(2, -1)

@@ -89,5 +89,6 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         norm_eps=model.norm_eps,
         tied=is_tied(config),
         dropout=model.dropout,
+        embedding_norm=model.embedding_norm,
         planned_blocks=planned * per_stack + len(tail),
     )

@@ -5,8 +5,8 @@
 | linear weights                           | N(0, 1 / fan_in)                                  |
 | output projections (attn.o, ffn.down)    | the same / sqrt(2 * planned blocks); or 0 *       |
 | frozen up projections                    | N(0, 1 / d_model)                                 |
-| embedding with a head of its own         | N(0, 1): the residual stream starts at unit rms   |
-| tied embedding, learned positions        | N(0, 1 / d_model): tied logits start near N(0, 1) |
+| embedding, learned positions             | N(0, 1 / d_model): tied logits start near N(0, 1) |
+| embedding with `embedding_norm`          | N(0, 1): steps turn its rows without leaps        |
 | head of its own                          | N(0, 0.02^2 * 768 / d_model), near-uniform; or 0 *|
 | short convolutions                       | the identity: first tap 1, others 0               |
 | norm weights; biases                     | 1; 0                                              |
@@ -40,11 +40,11 @@ class Start(NamedTuple):
 
     seed: int
     planned_blocks: int
-    tied: bool = False
+    embedding_norm: bool = False
 
     @classmethod
     def of(cls, spec: RackSpec, seed: int) -> Start:
-        return cls(seed, spec.planned_blocks or len(spec.blocks), spec.tied)
+        return cls(seed, spec.planned_blocks or len(spec.blocks), spec.embedding_norm)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def init_tensor(name: str, tensor: Tensor, start: Start, *, zero_output: bool) -
         tensor[0] = 1.0
     else:
         std = tensor.shape[-1] ** -0.5
-        if owner == "embedding" and not start.tied:
+        if owner == "embedding" and start.embedding_norm:
             std = 1.0
         elif owner == "head":
             std = 0.02 * math.sqrt(768 / tensor.shape[-1])

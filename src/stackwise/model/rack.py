@@ -203,9 +203,14 @@ class Rack(nn.Module):
             hidden = block(hidden, context)
         return self.norm(hidden)
 
+    def look_up(self, input_ids: Tensor) -> Tensor:
+        """Token vectors without positions: ids of any shape -> [..., D], a new tensor."""
+        x = self.embedding(input_ids)
+        return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
+
     def embed(self, input_ids: Tensor, context: Context) -> Tensor:
         """Token embedding, plus positions where they are added there. [B, T] -> [B, T, D]."""
-        x_BTD = self.embedding(input_ids)
+        x_BTD = self.look_up(input_ids)
         if self.positions is not None:
             position_ids = context.position_ids
             if position_ids is None:

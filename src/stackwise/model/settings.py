@@ -106,6 +106,8 @@ class ModelSettings(Settings):
     """Rotary positions; short for `pos_encoding: rope`, and follows `pos_encoding` where only that is set."""
     rope_theta: PositiveFloat = 1e4
     """Base of the rotation angles; larger for longer contexts."""
+    embedding_norm: Flag = False
+    """Bring every embedded token to unit rms, without a weight of its own, before positions are added."""
     tie_embeddings: Flag | None = None
     """Use the embedding matrix as the head. null: false under an enabled append curriculum, so that the head can train at every stage, else true."""
     residual_gain: UnitFloat | None = None

@@ -124,6 +124,7 @@ class RackSpec:
     tied: bool = False
     dropout: float = 0.0
     planned_blocks: int = 0
+    embedding_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
