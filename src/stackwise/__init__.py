@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from stackwise.curriculum.builder import ProgressiveRackBuilder
     from stackwise.curriculum.curricula import stages
     from stackwise.curriculum.stage import Stage
-    from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.model.block import Block, Stack
     from stackwise.model.factory import (
         create_rack_from_config,
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
     from stackwise.planning.plan import plan
+    from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train
     from stackwise.training.trainers import ProgressiveTrainer
 

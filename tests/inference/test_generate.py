@@ -377,3 +377,19 @@ def test_every_combination_of_the_parts_is_covered_alike() -> None:
         with torch.no_grad():
             expected = rack(given)[:, 2:]
         torch.testing.assert_close(decoded(rack, given, 3), expected, rtol=1e-5, atol=1e-5)
+
+
+class Remembering(FeedForward):
+    """Caches a tensor on first use, as modules do with masks or tables."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = torch.full((1,), 2.0)
+        return self.scale * super().forward(x)
+
+
+def test_what_a_module_caches_while_generating_still_serves_training() -> None:
+    rack = rack_of(ffn_type="gelu")
+    rack.blocks()[0].ffn.__class__ = Remembering
+    generate(rack, prompts(1, 4), max_new_tokens=3)
+    rack.train()(prompts(1, 4)).logsumexp(-1).sum().backward()

@@ -15,7 +15,7 @@ from stackwise.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, t
 from stackwise.inference import text as text_module
 from stackwise.inference.chat import ChatSession
 from stackwise.inference.settings import GenerationSettings
-from stackwise.inference.text import CharacterStream, StopStrings, complete, first_ids
+from stackwise.inference.text import CharacterStream, StopStrings, complete
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.rack import Rack
 
@@ -164,9 +164,9 @@ def test_a_completion_of_a_model_is_long_repeatable_and_timed() -> None:
 
 
 def test_an_empty_prompt_begins_with_a_newline_or_the_first_token() -> None:
-    assert first_ids(BYTE) == [10]
-    assert first_ids(CharTokenizer("ab\n", separated=False)) == [0]
-    assert first_ids(CharTokenizer("abc", separated=False)) == [0]
+    assert BYTE.start_ids() == [10]
+    assert CharTokenizer("ab\n", separated=False).start_ids() == [0]
+    assert CharTokenizer("abc", separated=False).start_ids() == [0]
     characters = CharTokenizer("abc", separated=False)
     result = complete(rack_of(3), characters, "", GenerationSettings(max_new_tokens=5))
     assert len(result.text) == 5

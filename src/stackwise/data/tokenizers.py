@@ -85,6 +85,16 @@ class Tokenizer(ABC):
             yield self._ids(text[start:stop], start)
             start = stop
 
+    def start_ids(self) -> list[int]:
+        """What stands in for an empty prompt: a newline, or token 0 where the vocabulary has none.
+
+        Not the end-of-text token: it closes documents, and with masked documents a model never learns what follows.
+        """
+        try:
+            return self.encode("\n") or [0]
+        except ValueError:
+            return [0]
+
     def _cut(self, text: str, stop: int) -> int:
         """Where a piece that may reach character `stop` ends."""
         return stop

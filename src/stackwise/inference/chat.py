@@ -38,11 +38,7 @@ class ChatSession:
         self.turns += 1
         return reply
 
-    def loop(
-        self,
-        read: Callable[[], str] = lambda: input("> "),
-        write: Callable[[str], object] = lambda piece: print(piece, end="", flush=True),
-    ) -> None:
+    def loop(self, read: Callable[[], str], write: Callable[[str], object]) -> None:
         """Turn after turn, until `read` raises EOFError or Ctrl-C is pressed, in a reply as well.
 
         A ValueError of a turn, such as a character the tokenizer does not know, is written and the loop goes on.

@@ -52,7 +52,9 @@ class Decoder:
         if self.full:
             raise ValueError(f"the cache holds {self.capacity} tokens and is full")
         if self._planned:
-            logits = self._start_plan().step(ids_B)
+            # inference mode saves some bookkeeping; modules run without it, as they may cache what training needs
+            with torch.inference_mode():
+                logits = self._start_plan().step(ids_B)
         else:
             at = self.length - self._n_prompt
             positions = self._positions[:, at, None].expand(self.rows, 1)

@@ -61,7 +61,6 @@ def generate(
             "set slide=True to go on with the newer half of a full context"
         )
     device = rack.device
-    # made here, not in inference mode: the caller may train on it
     out = torch.empty(rows, n_prompt + max_new_tokens, dtype=torch.int64, device=device)
     out[:, :n_prompt] = input_ids
     generator = torch.Generator(device).manual_seed(seed)
@@ -69,7 +68,7 @@ def generate(
     fill = torch.zeros(rows, dtype=torch.int64, device=device)
     filled = torch.zeros(rows, dtype=torch.bool, device=device)
     end = n_prompt
-    with torch.inference_mode(), eval_mode(rack):
+    with torch.no_grad(), eval_mode(rack):
         present = None
         if repetition_penalty != 1.0:
             present = torch.zeros(rows, rack.spec.vocab_size, dtype=torch.bool, device=device)

@@ -127,33 +127,27 @@ class DecodePlan:
         self.capacity = min(self.limit, self.capacity + max(32, self.capacity // 8))
         for held in self.held:
             held.grow(self.length, self.capacity)
-        bias = self.rack.embedding.weight.new_zeros(
-            self.rows if self.padding is not None else 1, self.capacity
-        )
-        bias[:, self.length :] = -math.inf
+        rows = 1 if self.padding is None else self.rows
+        bias = self.rack.embedding.weight.new_zeros(rows, 1, self.capacity)
+        bias[:, :, self.length :] = -math.inf
         if self.padding is not None:
-            bias[:, : self.padding.shape[1]].masked_fill_(~self.padding, -math.inf)
-        self.bias_B1S = bias.unsqueeze(1)
-        self.bias_by_heads = {
-            heads: self.bias_B1S.repeat_interleave(heads, dim=0)
-            if self.padding is not None
-            else self.bias_B1S
-            for heads in {block.heads[1] for block in self.blocks}
-        }
+            bias[:, 0, : self.padding.shape[1]].masked_fill_(~self.padding, -math.inf)
+        kv_heads = {block.heads[1] for block in self.blocks}
+        self.bias = {k: bias if rows == 1 else bias.repeat_interleave(k, dim=0) for k in kv_heads}
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token per row."""
         if self.length == self.capacity:
             self._grow()
         at, step = self.length, self.length - self.first
-        for bias in self.bias_by_heads.values():
+        for bias in self.bias.values():
             bias[:, :, at] = 0.0
         x_BD = self.rack.look_up(ids_B)
         if self.added is not None:
             x_BD += self.added[step]
         for block, held in zip(self.blocks, self.held, strict=True):
             turn = self.turns[block.rope_theta, block.head_dim][step]
-            block(x_BD, held, at, turn, self.bias_by_heads[block.heads[1]])
+            block(x_BD, held, at, turn, self.bias[block.heads[1]])
         self.length = at + 1
         return self.head(self.normalise(x_BD))
 
@@ -183,7 +177,7 @@ class _Held:
         held = self.values[:, :, :length].clone()
         self.values = self.buffer[1, :size].view(-1, width, capacity)
         self.values[:, :, :length] = held
-        # hidden by the bias, but what is not a number would stay it
+        # the bias hides these, but a weight of 0 times what is not a number would not be 0
         self.keys[:, length:] = 0.0
         self.values[:, :, length:] = 0.0
         self.keys_t = self.keys.transpose(1, 2)

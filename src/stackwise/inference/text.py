@@ -24,6 +24,7 @@ class Codec(Protocol):
     eos_id: int | None
 
     def encode(self, text: str) -> list[int]: ...
+    def start_ids(self) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -137,7 +138,7 @@ def complete(
 
     The continuation ends at a stop string of `settings`, at the tokenizer's end-of-text token, or after
     `max_new_tokens`. It may grow beyond the model's `max_seq_len`: a full context goes on with its newer half. An
-    empty prompt begins as `first_ids` says. A tokenizer with more ids than the model is a ValueError; text that the
+    empty prompt begins with the tokenizer's `start_ids`. A tokenizer with more ids than the model is a ValueError; text that the
     tokenizer cannot spell raises what the tokenizer raises.
     """
     settings = settings or GenerationSettings()
@@ -147,7 +148,7 @@ def complete(
             "they do not belong together"
         )
     started = time.perf_counter()
-    ids = tokenizer.encode(prompt) or first_ids(tokenizer)
+    ids = tokenizer.encode(prompt) or tokenizer.start_ids()
     characters, stops = CharacterStream(tokenizer), StopStrings(settings.stop)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -188,14 +189,3 @@ def complete(
         reason = "stop"
     show(stops.flush())
     return Completion("".join(pieces), tokens, reason, time.perf_counter() - started)
-
-
-def first_ids(tokenizer: Codec) -> list[int]:
-    """What stands in for an empty prompt: a newline, or token 0 where the tokenizer has none.
-
-    Not the end-of-text token: it closes documents, and with masked documents a model never learns what follows it.
-    """
-    try:
-        return tokenizer.encode("\n") or [0]
-    except ValueError:
-        return [0]

@@ -16,15 +16,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stackwise.kernels.product import product
 from stackwise.kernels.rms_norm import compute_dtype
 
 IGNORE = -100
-CHUNK_BYTES = 256 * 2**20  # fp32 logits of one chunk
+CHUNK_BYTES = {"cpu": 32 * 2**20}
+"""Logits of one chunk, by device. On Linux, the C library hands larger blocks back to the system after every use."""
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
+FEWEST_ROWS = 128  # fewer make products of matrices too thin to be fast
+SOFTMAX_ROWS = 64  # rows widened to fp32 at a time, a few megabytes
 
 
-def chunk_rows(vocab_size: int, limit_bytes: int = CHUNK_BYTES) -> int:
-    """How many rows of fp32 logits fit into `limit_bytes` (at least one)."""
-    return max(1, limit_bytes // (4 * vocab_size))
+def chunk_rows(vocab_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+    """Rows of logits taken at a time."""
+    limit = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
+    return max(FEWEST_ROWS, limit // (dtype.itemsize * vocab_size))
 
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -32,6 +38,20 @@ def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tenso
     logits = F.linear(hidden, weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="sum")
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax in the logits' dtype, which may reuse their memory; logsumexp in fp32 or wider), over the last dim."""
+    if logits.dtype in (torch.float32, torch.float64):
+        p = torch.softmax(logits, dim=-1)
+        # The largest probability is at least 1 / V: its logarithm is safe where that of a label's may underflow.
+        return p, logits.amax(dim=-1) - p.amax(dim=-1).log_()
+    normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    for start in range(0, logits.shape[0], SOFTMAX_ROWS):
+        part = slice(start, start + SOFTMAX_ROWS)
+        p, normaliser[part] = _softmax(logits[part].float())
+        logits[part] = p
+    return logits, normaliser
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,26 +63,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         narrow = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None
+        grad_weight = None  # transposed: [D, V]
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows].to(dtype)
             target = labels[start : start + rows]
             valid = target != IGNORE
-            index = target.clamp_min(0).unsqueeze(-1)
-            log_p = torch.log_softmax(torch.mm(part, narrow.t()).to(wide), dim=-1)
-            total -= (log_p.gather(-1, index).squeeze(-1) * valid).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            slope = log_p.exp_()  # d loss / d logits = softmax - one hot, zero where ignored
-            slope.scatter_add_(-1, index, torch.full_like(index, -1, dtype=wide))
-            slope = slope.mul_(valid.unsqueeze(-1)).to(dtype)
+            at_label = (torch.arange(len(part), device=part.device), target.clamp_min(0))
+            logits = product(part, narrow)
+            chosen = logits[at_label].to(wide)
+            slope, normaliser = _softmax(logits)
+            total += ((normaliser - chosen) * valid).sum()
+            # d loss / d logits = softmax - one hot, and zero where ignored: that is left to the smaller matrices
+            slope[at_label] -= 1
+            valid = valid.unsqueeze(-1)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = torch.mm(slope, narrow)
+                grad_hidden[start : start + rows] = product(slope, narrow.t()) * valid
             if needs_weight:
-                share = torch.mm(slope.t(), part).to(weight.dtype)
-                grad_weight = share if grad_weight is None else grad_weight.add_(share)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                share = product((part * valid).t(), slope.t())
+                grad_weight = share.to(weight.dtype) if grad_weight is None else grad_weight.add_(share)
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.t())
         return total
 
     @staticmethod
@@ -72,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight * grad.to(grad_weight.dtype)
+            grad_weight = grad_weight.contiguous() * grad.to(grad_weight.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -82,8 +102,9 @@ def linear_cross_entropy(
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, in nats.
 
     hidden [N, D], weight [V, D], labels int64 [N] with -100 = no target -> scalar in fp32 (fp64 for fp64 inputs).
-    `rows_per_chunk` null keeps the fp32 logits of a chunk under 256 MiB. Products run in autocast's dtype when it is
-    on; the softmax is always fp32 or wider.
+    `rows_per_chunk` null takes a number that suits the device (`chunk_rows`). Products run in autocast's dtype when it
+    is on; the softmax is always fp32 or wider.
     """
-    rows = rows_per_chunk or chunk_rows(weight.shape[0])
-    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, compute_dtype(hidden))
+    dtype = compute_dtype(hidden)
+    rows = rows_per_chunk or chunk_rows(weight.shape[0], dtype, hidden.device.type)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, dtype)

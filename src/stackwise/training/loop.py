@@ -275,8 +275,9 @@ class Engine:
             p.skipped += 1
             self.hooks.emit({"event": "note", "message": f"skipped {where}: {what} ({p.skipped} so far)"})
             return
+        intact = f"The commit of step {self._saved_step} is intact; " if self._saved_step >= 0 else ""
         raise NumericError(
-            f"not finite at {where}: {what}. The last commit is intact; lower training.optimizer.lr, raise "
+            f"not finite at {where}: {what}. {intact}lower training.optimizer.lr, raise "
             "training.warmup_steps, or set training.on_nonfinite=skip"
         )
 

@@ -315,10 +315,7 @@ def _hooks(
 def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tuple[str, str]:
     """A sample by the settings of `generation`, from `tracking.sample_prompt`; (prompt, continuation)."""
     generation, prompt = config.generation, config.tracking.sample_prompt
-    start = tokenizer.encode(prompt) if prompt else []
-    if not start:
-        # Nothing to continue: begin as a document begins, after the separator, or with the first token.
-        start = [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
+    start = tokenizer.encode(prompt) or tokenizer.start_ids()
     room = rack.spec.max_seq_len - len(start)
     ids = rack.generate(
         torch.tensor([start], device=rack.device),
