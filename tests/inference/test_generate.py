@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -368,6 +369,13 @@ def test_a_full_decoder_takes_no_more(path: str) -> None:
         assert decoder.full
         with pytest.raises(ValueError, match="5 tokens and is full"):
             decoder.step(ids[:, 0])
+
+
+def test_normalised_embeddings_are_normalised_in_decoding_too(path: str) -> None:
+    rack = Rack(replace(rack_of().spec, embedding_norm=True)).eval()
+    given = prompts(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(rack, given, 4), rack(given)[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 def test_every_combination_of_the_parts_is_covered_alike() -> None:
