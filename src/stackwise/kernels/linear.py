@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stackwise.kernels.product import prefers_onednn, product
+from stackwise.kernels.rms_norm import compute_dtype
 
 
 def linear_reference(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -22,34 +23,45 @@ def linear_reference(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None)
 
 def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """dy^T x -> [O, I]. The route copies a transposed operand, so the narrower one is made that operand."""
-    if grad_NO.shape[1] <= x_NI.shape[1]:
+    if grad_NO.dtype != torch.float32 or grad_NO.shape[1] <= x_NI.shape[1]:
         return product(grad_NO.t(), x_NI.t())
     return product(x_NI.t(), grad_NO.t()).t().contiguous()
 
 
 class _Linear(torch.autograd.Function):
+    """Holds `x` in the dtype of the product, and the weight itself: under autocast it is converted again when the
+    gradient needs it, which takes little time, where keeping the copies would take half the memory of the model.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.dtype, ctx.x_dtype = dtype, x.dtype
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight)
-        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        bias = bias if bias is None else bias.to(dtype)
+        return product(x.reshape(-1, x.shape[-1]), weight.to(dtype), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        return (
-            product(rows, weight.t()).view(x.shape) if needs_x else None,
-            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = product(rows, weight.to(ctx.dtype).t()).view(x.shape).to(ctx.x_dtype)
+        if needs_weight:
+            grad_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if needs_bias:
+            grad_bias = rows.sum(0, dtype=weight.dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] or null -> [..., O]."""
     columns, inner = weight_OI.shape
-    rows = x.numel() // inner
-    if prefers_onednn(rows, inner, columns, x, weight_OI) and not torch.is_autocast_enabled("cpu"):
-        return _Linear.apply(x, weight_OI, bias_O)
+    dtype = compute_dtype(x)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if dtype == torch.bfloat16 or prefers_onednn(x.numel() // inner, inner, columns, x, weight_OI):
+            return _Linear.apply(x, weight_OI, bias_O, dtype)
     return F.linear(x, weight_OI, bias_O)
