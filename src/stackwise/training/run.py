@@ -37,7 +37,7 @@ from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import IncompatibleResumeError, Interrupted
 from stackwise.training.loop import Engine, Hooks
-from stackwise.training.validate import validate
+from stackwise.training.validate import bits_per_byte, validate
 
 FREE = {"checkpoint", "tracking", "generation", "evaluation"}
 """Sections that a resumed run may change; the others decide its course."""
@@ -176,11 +176,6 @@ def loader_steps(config: StackWiseConfig, loader: TokenLoader) -> int:
     return math.ceil(loader.steps_per_epoch / config.training.gradient_accumulation_steps)
 
 
-def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
-    """Nats per token to bits per byte of a text of `tokens` tokens and `n_bytes` bytes."""
-    return loss * tokens / n_bytes / math.log(2)
-
-
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """Deterministic kernels inside the block, when asked for."""
@@ -316,16 +311,16 @@ def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tu
     """A sample by the settings of `generation`, from `tracking.sample_prompt`; (prompt, continuation)."""
     generation, prompt = config.generation, config.tracking.sample_prompt
     start = tokenizer.encode(prompt) or tokenizer.start_ids()
-    room = rack.spec.max_seq_len - len(start)
     ids = rack.generate(
         torch.tensor([start], device=rack.device),
-        max_new_tokens=min(generation.max_new_tokens, room),
+        max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
         top_k=generation.top_k,
         top_p=generation.top_p,
         repetition_penalty=generation.repetition_penalty,
         stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         seed=generation.seed,
+        slide=True,
     )
     new = [i for i in ids[0, len(start) :].tolist() if i != tokenizer.eos_id]
     text = tokenizer.decode(new)
