@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from stackwise.checkpoint.store import Store
-from stackwise.training import run as run_module
-from stackwise.training.errors import Interrupted, NumericError
+from stackwise.training.errors import IncompatibleResumeError, Interrupted, NumericError
 from stackwise.training.loop import Engine
-from stackwise.training.run import open_run, train
+from stackwise.training.run import train
+from stackwise.training.stored import open_run
 
 
 def final_hashes(run_dir: str | Path) -> dict[str, str]:
@@ -211,9 +211,7 @@ def test_nonfinite_steps_can_be_skipped_and_are_counted(tiny, monkeypatch):
 
 def test_another_config_does_not_continue_a_run(tiny):
     quiet(tiny())
-    with pytest.raises(
-        run_module.IncompatibleResumeError, match=r"training\.optimizer\.lr: 0\.003 there, 0\.01 here"
-    ):
+    with pytest.raises(IncompatibleResumeError, match=r"training\.optimizer\.lr: 0\.003 there, 0\.01 here"):
         quiet(tiny(training__optimizer__lr=0.01))
     quiet(tiny(training__optimizer__lr=0.01, checkpoint__overwrite=True))
 

@@ -44,7 +44,7 @@ def chat(
       stackwise chat demo --temperature 0.7 --stop $'\\n' --max-new-tokens 200
     """
     path = find_run(run)
-    from stackwise.training.run import open_run
+    from stackwise.training.stored import open_run
 
     opened = open_run(path)
     options = {

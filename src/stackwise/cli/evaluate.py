@@ -36,7 +36,7 @@ def evaluate(
     from stackwise.data.prepare import prepare
     from stackwise.evaluation.perplexity import perplexity
     from stackwise.training.device import pick_device
-    from stackwise.training.run import open_run
+    from stackwise.training.stored import open_run
 
     opened = open_run(path)
     config = opened.config

@@ -14,7 +14,7 @@ from stackwise.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from stackwise.inference.settings import GenerationSettings
-    from stackwise.training.run import OpenRun
+    from stackwise.training.stored import OpenRun
 
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", "-n", metavar="N", help="Longest continuation, in tokens.")
@@ -84,7 +84,7 @@ def generate(
     """
     path = find_run(run)
     text = _from_stdin() if prompt == "-" else prompt
-    from stackwise.training.run import open_run
+    from stackwise.training.stored import open_run
 
     opened = open_run(path)
     options = {

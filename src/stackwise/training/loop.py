@@ -214,12 +214,14 @@ class Engine:
         if self.scaler.is_enabled():
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
-        limit = training.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(optimizers.parameters, limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
         loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
         p.stage_step += 1
         p.step += 1
         if math.isfinite(loss_value) and math.isfinite(norm_value):
+            limit = training.max_grad_norm or math.inf
+            if norm_value > limit:
+                torch.nn.utils.clip_grads_with_norm_(optimizers.parameters, limit, norm)
             self._apply(optimizers)
             self._note_loss(loss_value)
         else:

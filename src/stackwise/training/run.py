@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ import torch
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
-from stackwise.config.errors import show
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.curricula import stages as stages_of_config
@@ -24,62 +21,21 @@ from stackwise.data.corpus import Corpus
 from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
-from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 from stackwise.tracking.console import ConsoleProgress
 from stackwise.tracking.environment import peak_rss_bytes
 from stackwise.tracking.events import Sink, Tracker
-from stackwise.tracking.folder import RunFolder, RunFolderError
+from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile
 from stackwise.tracking.report import build_report
 from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import IncompatibleResumeError, Interrupted
 from stackwise.training.loop import Engine, Hooks
+from stackwise.training.stored import open_folder
 from stackwise.training.validate import bits_per_byte, validate
-
-FREE = {"checkpoint", "tracking", "generation", "evaluation"}
-"""Sections that a resumed run may change; the others decide its course."""
-FREE_KEYS = {"training.device", "training.run_id", "data.num_workers", "data.cache_dir", "training.compile"}
-
-
-@dataclass
-class OpenRun:
-    """A stored run, ready to be used: the rack of one commit with its tokenizer and config."""
-
-    folder: RunFolder
-    config: StackWiseConfig
-    rack: Rack
-    tokenizer: Tokenizer
-    commit: Commit
-    meta: dict[str, Any]
-
-
-def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
-    """Load a run folder: the newest commit, or the one whose id starts with `commit`.
-
-    Raises RunFolderError when there is no run, CheckpointError when it has no usable commit.
-    """
-    folder = RunFolder.open(path)
-    store = Store(folder.store)
-    chosen = store.latest()
-    if commit is not None:
-        matching = [c for c in store.commits() if c.id.startswith(commit)]
-        if len(matching) != 1:
-            known = ", ".join(c.id for c in store.commits()) or "none"
-            raise RunFolderError(
-                f"{len(matching)} commits of {folder.path} start with {commit!r}; known: {known}"
-            )
-        chosen = matching[0]
-    if chosen is None:
-        raise RunFolderError(
-            f"{folder.path} has no commit yet; train it first: stackwise train {folder.config}"
-        )
-    meta = state.read_meta(store, chosen)
-    rack = state.load_rack(store, chosen, meta).eval()
-    config = StackWiseConfig.from_yaml(folder.config)
-    return OpenRun(folder, config, rack, load_tokenizer(folder.tokenizer), chosen, meta)
 
 
 def train(
@@ -108,7 +64,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(deterministic(resolved.training.deterministic))
         stack.callback(loader.close)
-        folder, store, commit = _open_folder(resolved)
+        folder, store, commit = open_folder(resolved)
         stack.enter_context(store.lock())
         metrics = MetricsFile(folder.path)
         listed = [ConsoleProgress()] if sinks is None else sinks
@@ -185,54 +141,6 @@ def deterministic(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def _open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | None]:
-    """The run's folder, and the commit to continue from (null: a new run)."""
-    settings = config.checkpoint
-    path = Path(settings.dir) / config.training.run_id
-    if settings.resume not in ("auto", "never"):
-        path = Path(settings.resume)
-        RunFolder.open(path)
-    folder = RunFolder(path)
-    if settings.resume == "never" or settings.overwrite or not folder.holds_a_run():
-        with ExitStack() as stack:
-            if folder.store.exists():
-                stack.enter_context(Store(folder.store).lock())  # nobody may be training there
-            folder = RunFolder.create(path, overwrite=settings.overwrite)
-        return folder, Store(folder.store), None
-    store = Store(folder.store)
-    commit = store.latest()
-    if commit is None:  # stopped before its first save: nothing to continue, nothing to lose
-        return RunFolder.create(path, overwrite=True), Store(folder.store), None
-    changed = course_changes(StackWiseConfig.from_yaml(folder.config), config)
-    if changed:
-        raise IncompatibleResumeError(
-            f"{folder.path} holds a run with other settings:\n"
-            + "\n".join(f"  {key}: {show(old)} there, {show(new)} here" for key, old, new in changed)
-            + "\nUse its settings to continue it, another training.run_id for a new run beside it, or "
-            "checkpoint.overwrite=true to replace it"
-        )
-    return folder, store, commit
-
-
-def course_changes(old: StackWiseConfig, new: StackWiseConfig) -> list[tuple[str, Any, Any]]:
-    """Keys that decide the course of a run and differ: (key, old value, new value)."""
-
-    def flat(prefix: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict) and value:
-            rows: dict[str, Any] = {}
-            for key, child in value.items():
-                rows.update(flat(f"{prefix}.{key}" if prefix else key, child))
-            return rows
-        return {prefix: value}
-
-    before, after = flat("", old.to_dict()), flat("", new.to_dict())
-    return [
-        (key, before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE and key not in FREE_KEYS
-    ]
 
 
 def _restore(

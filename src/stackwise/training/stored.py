@@ -1,0 +1,108 @@
+"""Stored runs: opening one to use it, and deciding whether a config continues it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stackwise.checkpoint.manifest import Commit
+from stackwise.checkpoint.store import Store
+from stackwise.config.errors import show
+from stackwise.config.root import StackWiseConfig
+from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+from stackwise.model.rack import Rack
+from stackwise.tracking.folder import RunFolder, RunFolderError
+from stackwise.training import state
+from stackwise.training.errors import IncompatibleResumeError
+
+FREE = {"checkpoint", "tracking", "generation", "evaluation"}
+"""Sections that a resumed run may change; the others decide its course."""
+FREE_KEYS = {"training.device", "training.run_id", "data.num_workers", "data.cache_dir", "training.compile"}
+
+
+@dataclass
+class OpenRun:
+    """A stored run, ready to be used: the rack of one commit with its tokenizer and config."""
+
+    folder: RunFolder
+    config: StackWiseConfig
+    rack: Rack
+    tokenizer: Tokenizer
+    commit: Commit
+    meta: dict[str, Any]
+
+
+def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
+    """Load a run folder: the newest commit, or the one whose id starts with `commit`.
+
+    Raises RunFolderError when there is no run, CheckpointError when it has no usable commit.
+    """
+    folder = RunFolder.open(path)
+    store = Store(folder.store)
+    chosen = store.latest()
+    if commit is not None:
+        matching = [c for c in store.commits() if c.id.startswith(commit)]
+        if len(matching) != 1:
+            known = ", ".join(c.id for c in store.commits()) or "none"
+            raise RunFolderError(
+                f"{len(matching)} commits of {folder.path} start with {commit!r}; known: {known}"
+            )
+        chosen = matching[0]
+    if chosen is None:
+        raise RunFolderError(
+            f"{folder.path} has no commit yet; train it first: stackwise train {folder.config}"
+        )
+    meta = state.read_meta(store, chosen)
+    rack = state.load_rack(store, chosen, meta).eval()
+    config = StackWiseConfig.from_yaml(folder.config)
+    return OpenRun(folder, config, rack, load_tokenizer(folder.tokenizer), chosen, meta)
+
+
+def open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | None]:
+    """The run's folder, and the commit to continue from (null: a new run)."""
+    settings = config.checkpoint
+    path = Path(settings.dir) / config.training.run_id
+    if settings.resume not in ("auto", "never"):
+        path = Path(settings.resume)
+        RunFolder.open(path)
+    folder = RunFolder(path)
+    if settings.resume == "never" or settings.overwrite or not folder.holds_a_run():
+        with ExitStack() as stack:
+            if folder.store.exists():
+                stack.enter_context(Store(folder.store).lock())  # nobody may be training there
+            folder = RunFolder.create(path, overwrite=settings.overwrite)
+        return folder, Store(folder.store), None
+    store = Store(folder.store)
+    commit = store.latest()
+    if commit is None:  # stopped before its first save: nothing to continue, nothing to lose
+        return RunFolder.create(path, overwrite=True), Store(folder.store), None
+    changed = course_changes(StackWiseConfig.from_yaml(folder.config), config)
+    if changed:
+        raise IncompatibleResumeError(
+            f"{folder.path} holds a run with other settings:\n"
+            + "\n".join(f"  {key}: {show(old)} there, {show(new)} here" for key, old, new in changed)
+            + "\nUse its settings to continue it, another training.run_id for a new run beside it, or "
+            "checkpoint.overwrite=true to replace it"
+        )
+    return folder, store, commit
+
+
+def course_changes(old: StackWiseConfig, new: StackWiseConfig) -> list[tuple[str, Any, Any]]:
+    """Keys that decide the course of a run and differ: (key, old value, new value)."""
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            rows: dict[str, Any] = {}
+            for key, child in value.items():
+                rows.update(flat(f"{prefix}.{key}" if prefix else key, child))
+            return rows
+        return {prefix: value}
+
+    before, after = flat("", old.to_dict()), flat("", new.to_dict())
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE and key not in FREE_KEYS
+    ]
