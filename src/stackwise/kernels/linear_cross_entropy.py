@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.contiguous() * grad.to(grad_weight.dtype)
+            grad_weight = grad_weight.clone(memory_format=torch.contiguous_format).mul_(grad)
         return grad_hidden, grad_weight, None, None, None
 
 
