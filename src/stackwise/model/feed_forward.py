@@ -6,6 +6,7 @@ Gated: down(act(gate x) * up x)   (Shazeer 2020, arXiv 2002.05202). Plain: down(
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,36 +52,15 @@ def _relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-@FEED_FORWARDS.register("swiglu")
-def _swiglu(spec: BlockSpec) -> nn.Module:
-    return GatedFeedForward(spec, F.silu)
-
-
-@FEED_FORWARDS.register("geglu")
-def _geglu(spec: BlockSpec) -> nn.Module:
-    return GatedFeedForward(spec, F.gelu)
-
-
-@FEED_FORWARDS.register("gelu")
-def _gelu(spec: BlockSpec) -> nn.Module:
-    return FeedForward(spec, F.gelu)
-
-
-@FEED_FORWARDS.register("gelu_tanh")
-def _gelu_tanh_layer(spec: BlockSpec) -> nn.Module:
-    return FeedForward(spec, _gelu_tanh)
-
-
-@FEED_FORWARDS.register("silu")
-def _silu(spec: BlockSpec) -> nn.Module:
-    return FeedForward(spec, F.silu)
-
-
-@FEED_FORWARDS.register("relu")
-def _relu(spec: BlockSpec) -> nn.Module:
-    return FeedForward(spec, F.relu)
-
-
-@FEED_FORWARDS.register("relu2")
-def _relu2(spec: BlockSpec) -> nn.Module:
-    return FeedForward(spec, _relu_squared)
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": _relu_squared,
+}
+for _name, _activation in _GATED.items():
+    FEED_FORWARDS.register(_name)(partial(GatedFeedForward, activation=_activation))
+for _name, _activation in _PLAIN.items():
+    FEED_FORWARDS.register(_name)(partial(FeedForward, activation=_activation))

@@ -27,7 +27,7 @@ from stackwise.model.flops import step_flops
 from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack
 from stackwise.objectives.causal import CausalLM, Example
-from stackwise.tracking.environment import rss_bytes
+from stackwise.training import records
 from stackwise.training.counting import SavedBytes, gradient_bytes, parameter_bytes
 from stackwise.training.device import computing_in
 from stackwise.training.errors import Interrupted, NumericError
@@ -123,7 +123,7 @@ class Engine:
         new_uid = None
         if stage.grow is not None:
             if p.eval_loss is not None:
-                self._emit_eval("before_growth", {"loss": p.eval_loss})
+                self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
             uids = {s.uid for s in self.rack.spec.stacks}
             self.rack = append_stack(
                 self.rack, stage.grow.n_blocks, stage.grow.init, self.config.training.seed
@@ -134,7 +134,7 @@ class Engine:
         assert self.optimizers is not None
         copied = new_uid if stage.grow is not None and stage.grow.init == "copy" else None
         self.optimizers.load(carried(self.rack, before, stage.optimizer_state, copied))
-        self._announce(stage, new_uid)
+        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, new_uid))
         if stage.grow is not None and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
@@ -152,23 +152,6 @@ class Engine:
                     block.compile()
         self.flops_per_token = step_flops(self.rack.spec, self.units, training.seq_len)
 
-    def _announce(self, stage: Stage, new_uid: str | None) -> None:
-        assert self.split is not None
-        self.hooks.emit(
-            {
-                "event": "stage_start",
-                "stage": self.progress.stage,
-                "name": stage.name,
-                "n_stacks": stage.n_stacks,
-                "steps": stage.steps,
-                "params": self.rack.get_parameter_count(),
-                "trainable_params": self.rack.get_trainable_parameter_count(),
-                "prefix_blocks": self.split.prefix_blocks,
-                "total_blocks": self.split.n_blocks,
-                "new_stack": new_uid,
-            }
-        )
-
     def restore(self, optimizer_state: dict[str, dict[str, Tensor]], scaler: dict[str, Any] | None) -> None:
         """Rebuild what surrounds a loaded rack: split, optimizer and moments of the stage in progress."""
         self._set_up(self.stages[self.progress.stage])
@@ -180,7 +163,7 @@ class Engine:
     def _take_up(self, stage: Stage) -> None:
         """After a resume: do what followed the save that was loaded."""
         self._resumed = False
-        self._announce(stage, None)
+        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, None))
         if 0 < self.progress.stage_step < stage.steps:
             self._observe(stage)
 
@@ -338,20 +321,7 @@ class Engine:
             self._save(f"stage-{p.stage + 1:02d}")
         eval_loss = self._evaluate("final" if p.stage + 1 == len(self.stages) else "stage_end")
         self._sample()
-        record = {
-            "stage": p.stage,
-            "name": stage.name,
-            "n_stacks": stage.n_stacks,
-            "step": p.step,
-            "loss_first": p.loss_first,
-            "loss_last": p.loss_last,
-            "eval_loss": eval_loss,
-            "seconds": p.stage_seconds,
-            "tokens": p.stage_tokens,
-            "flops": p.stage_flops,
-            "trainable_params": self.rack.get_trainable_parameter_count(),
-            "bytes": p.bytes,
-        }
+        record = records.stage_end(self.rack, p, stage, eval_loss)
         self.hooks.emit({"event": "stage_end", **record})
         p.history.append({**record, "steps": p.stage_step, "trains": sorted(self.units)})
         p.stage, p.begun = p.stage + 1, False
@@ -360,22 +330,8 @@ class Engine:
         p, now = self.progress, time.perf_counter()
         then, tokens = self._logged_at
         self._logged_at = (now, p.tokens)
-        self.hooks.emit(
-            {
-                "event": "step",
-                "step": p.step,
-                "stage": p.stage,
-                "stage_step": p.stage_step,
-                "loss": p.loss_sum / p.loss_count if p.loss_count else math.nan,
-                "lr": self.lr,
-                "grad_norm": self.grad_norm,
-                "tokens": p.tokens,
-                "flops": p.flops,
-                "tokens_per_s": (p.tokens - tokens) / max(now - then, 1e-9),
-                "seconds": p.seconds,
-                "rss_bytes": rss_bytes(),
-            }
-        )
+        rate = (p.tokens - tokens) / max(now - then, 1e-9)
+        self.hooks.emit(records.step(p, self.lr, self.grad_norm, rate))
         p.loss_sum, p.loss_count = 0.0, 0
 
     def _save(self, pin: str | None) -> None:
@@ -391,27 +347,9 @@ class Engine:
             return None
         result = self.hooks.evaluate(self.rack)
         self.progress.eval_loss = result["loss"]
-        self._emit_eval(when, result)
+        self.hooks.emit(records.evaluation(self.progress, when, result))
         self._logged_at = (time.perf_counter(), self.progress.tokens)
         return self.progress.eval_loss
-
-    def _emit_eval(self, when: str, result: dict[str, Any]) -> None:
-        p = self.progress
-        loss = result["loss"]
-        self.hooks.emit(
-            {
-                "event": "eval",
-                "step": p.step,
-                "stage": p.stage,
-                "when": when,
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": result.get("bits_per_byte"),
-                "tokens": p.tokens,
-                "flops": p.flops,
-                "seconds": p.seconds,
-            }
-        )
 
     def _sample(self) -> None:
         if self.hooks.sample is not None:
