@@ -58,9 +58,10 @@ class _Blocks:
         for start in range(0, self.batch, step):
             yield slice(start, min(start + step, self.batch))
 
-    def queries(self) -> Iterator[tuple[slice, slice]]:
+    def queries(self, last_first: bool = False) -> Iterator[tuple[slice, slice]]:
         """Slices of the queries, each with the keys that it can see."""
-        for start in range(0, self.n_queries, self.span):
+        starts = range(0, self.n_queries, self.span)
+        for start in reversed(starts) if last_first else starts:
             stop = min(start + self.span, self.n_queries)
             yield slice(start, stop), slice(0, stop if self.causal else self.n_keys)
 
@@ -114,19 +115,27 @@ class _BlockedAttention(torch.autograd.Function):
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = (_tokens_first(x) for x in (q, k, v))
         for rows in blocks.rows():
-            sum_k, sum_v = (torch.zeros(k[rows].flatten(0, 1).shape, dtype=torch.float32) for _ in range(2))
-            for queries, keys in blocks.queries():
+            sum_k = sum_v = None
+            for queries, keys in blocks.queries(last_first=True):
                 q_part, k_part = blocks.of_queries(q, rows, queries), blocks.of_keys(k, rows, keys)
                 g_part = blocks.of_queries(grad, rows, queries)
                 p = blocks.probabilities(q_part, k_part, rows, queries, keys)
                 slope = torch.bmm(g_part, blocks.of_keys(v, rows, keys).mT)
                 slope = torch.ops.aten._softmax_backward_data(slope, p, -1, p.dtype)
                 blocks.put(grad_q, rows, queries, torch.bmm(slope, k_part).mul_(blocks.scale))
-                sum_k[:, keys] += torch.bmm(slope.mT, q_part)
-                sum_v[:, keys] += torch.bmm(p.mT, g_part)
+                sum_k = _add_to(sum_k, torch.bmm(slope.mT, q_part), keys, last=queries.start == 0)
+                sum_v = _add_to(sum_v, torch.bmm(p.mT, g_part), keys, last=queries.start == 0)
             grad_k[rows] = sum_k.mul_(blocks.scale).view(k[rows].shape)
             grad_v[rows] = sum_v.view(v[rows].shape)
         return grad_q, grad_k, grad_v, None, None
+
+
+def _add_to(total: Tensor | None, block: Tensor, keys: slice, last: bool) -> Tensor:
+    """Sum over blocks of queries, in fp32 when there are several. The first block given sees all keys."""
+    if total is None:
+        return block if last else block.float()
+    total[:, keys] += block
+    return total
 
 
 def _tokens_first(x_BNTH: Tensor) -> Tensor:
