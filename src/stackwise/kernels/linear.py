@@ -61,7 +61,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """x [..., I], weight [O, I], bias [O] or null -> [..., O]."""
     columns, inner = weight_OI.shape
     dtype = compute_dtype(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if dtype == torch.bfloat16 or prefers_onednn(x.numel() // inner, inner, columns, x, weight_OI):
-            return _Linear.apply(x, weight_OI, bias_O, dtype)
+    faster = dtype == torch.bfloat16 or prefers_onednn(x.numel() // inner, inner, columns, x, weight_OI)
+    if faster and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Linear.apply(x, weight_OI, bias_O, dtype)
     return F.linear(x, weight_OI, bias_O)
