@@ -134,7 +134,7 @@ def test_time_left_follows_the_measured_pace_and_the_cost_of_later_stages(run_ev
     assert progress.seconds_left is None
     for event in events[2:4]:  # steps 5 and 10, two seconds each
         now[0] += 10.0
-        progress.update(event)
+        progress.update({**event, "seconds": now[0]})
     assert progress.stage_seconds_left == pytest.approx(20.0)
     assert progress.seconds_left == pytest.approx(30.0)
     now[0] += 4.0

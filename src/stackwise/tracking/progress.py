@@ -23,7 +23,10 @@ class Progress:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        self._marks: deque[tuple[int, float]] = deque(maxlen=_WINDOW)  # (step, clock) within the stage
+        # (step, seconds of training so far) within the stage: evaluations and saves do not count into the pace
+        self._marks: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._trained: float | None = 0.0  # null after a resume, until a step tells
+        self._seen = self._began
         self.stages: list[Mapping[str, Any]] = []
         self.stage = 0
         self.step = 0
@@ -44,18 +47,22 @@ class Progress:
             self._began = self._clock()
             self.stages = event["stages"]
             self.step, self.total_steps = event["start_step"], event["total_steps"]
+            self._trained = None if self.step else 0.0
         elif kind == "stage_start":
             self.stage, self.stage_event = event["stage"], event
             self.stage_step = max(0, self.step - self._first_step(self.stage))
             self._marks.clear()
-            self._marks.append((self.step, self._clock()))
+            if self._trained is not None:
+                self._marks.append((self.step, self._trained))
         elif kind == "step":
             self.step, self.stage, self.stage_step = event["step"], event["stage"], event["stage_step"]
             self.loss, self.lr, self.rss_bytes = event["loss"], event["lr"], event["rss_bytes"]
             self.losses.append(event["loss"])
             old, new = self.tokens_per_s, event["tokens_per_s"]
             self.tokens_per_s = new if old is None else old + _SMOOTHING * (new - old)
-            self._marks.append((self.step, self._clock()))
+            self._trained = event["seconds"]
+            self._marks.append((self.step, event["seconds"]))
+            self._seen = self._clock()
         elif kind == "eval":
             self.eval_loss = event["loss"]
         elif kind == "checkpoint":
@@ -92,7 +99,7 @@ class Progress:
             return None
         (first_step, first), (last_step, last) = self._marks[0], self._marks[-1]
         pace = (last - first) / (last_step - first_step)
-        return max(0.0, steps * pace - (self._clock() - last))
+        return max(0.0, steps * pace - (self._clock() - self._seen))
 
     def _first_step(self, stage: int) -> int:
         return sum(plan["steps"] for plan in self.stages[:stage])
