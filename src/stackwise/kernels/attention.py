@@ -115,7 +115,7 @@ class _BlockedAttention(torch.autograd.Function):
         grad = grad.contiguous()
         grad_q, grad_k, grad_v = (_tokens_first(x) for x in (q, k, v))
         for rows in blocks.rows():
-            sum_k = sum_v = None
+            sum_k, sum_v = _Sum(), _Sum()
             for queries, keys in blocks.queries(last_first=True):
                 q_part, k_part = blocks.of_queries(q, rows, queries), blocks.of_keys(k, rows, keys)
                 g_part = blocks.of_queries(grad, rows, queries)
@@ -123,19 +123,27 @@ class _BlockedAttention(torch.autograd.Function):
                 slope = torch.bmm(g_part, blocks.of_keys(v, rows, keys).mT)
                 slope = torch.ops.aten._softmax_backward_data(slope, p, -1, p.dtype)
                 blocks.put(grad_q, rows, queries, torch.bmm(slope, k_part).mul_(blocks.scale))
-                sum_k = _add_to(sum_k, torch.bmm(slope.mT, q_part), keys, last=queries.start == 0)
-                sum_v = _add_to(sum_v, torch.bmm(p.mT, g_part), keys, last=queries.start == 0)
-            grad_k[rows] = sum_k.mul_(blocks.scale).view(k[rows].shape)
-            grad_v[rows] = sum_v.view(v[rows].shape)
+                sum_k.add(torch.bmm(slope.mT, q_part), keys)
+                sum_v.add(torch.bmm(p.mT, g_part), keys)
+            grad_k[rows] = sum_k.total.mul_(blocks.scale).view(k[rows].shape)
+            grad_v[rows] = sum_v.total.view(v[rows].shape)
         return grad_q, grad_k, grad_v, None, None
 
 
-def _add_to(total: Tensor | None, block: Tensor, keys: slice, last: bool) -> Tensor:
-    """Sum over blocks of queries, in fp32 when there are several. The first block given sees all keys."""
-    if total is None:
-        return block if last else block.float()
-    total[:, keys] += block
-    return total
+class _Sum:
+    """A sum over blocks of queries, in fp32 or wider when there are several. The first block spans all keys."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, block: Tensor, keys: slice) -> None:
+        if self.count == 0:
+            self.total = block
+        elif self.count == 1:
+            self.total = self.total.to(torch.promote_types(block.dtype, torch.float32))
+        if self.count:
+            self.total[:, keys] += block
+        self.count += 1
 
 
 def _tokens_first(x_BNTH: Tensor) -> Tensor:
