@@ -175,6 +175,24 @@ def test_accumulated_gradients_equal_the_single_batch(tiny, monkeypatch):
         torch.testing.assert_close(grads["many"][name], grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.7, 1.5])
+def test_gradients_above_the_limit_are_scaled_to_it_and_others_are_left_alone(tiny, monkeypatch, share):
+    norms = []
+    original = Engine._apply
+
+    def keep(self, optimizers):
+        gradients = torch.cat([p.grad.flatten() for p in self.rack.parameters() if p.grad is not None])
+        norms.append(gradients.norm().item())
+        original(self, optimizers)
+
+    monkeypatch.setattr(Engine, "_apply", keep)
+    options = {"training__progressive__enabled": False, "training__max_steps": 1}
+    quiet(tiny(training__run_id="free", training__max_grad_norm=0, **options))
+    limit = share * norms[0]
+    quiet(tiny(training__run_id="clipped", training__max_grad_norm=limit, **options))
+    assert norms[1] == pytest.approx(min(limit, norms[0]), rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_place_and_changes_nothing(tiny, monkeypatch):
     original = Engine._forward
 

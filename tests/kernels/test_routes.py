@@ -66,6 +66,15 @@ def test_blocks_of_queries_add_up_as_one_block_does(monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_sums_over_many_blocks_do_not_stagnate_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every query looks at all keys equally, so the first value's gradient is 1 + 1/2 + ... + 1/400."""
+    monkeypatch.setattr("stackwise.kernels.attention.QUERIES", 1)
+    q, k, v = (torch.zeros(1, 1, 400, 2, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    _BlockedAttention.apply(q, k, v, None, True)[..., 0].sum().backward()
+    assert v.grad is not None
+    assert v.grad[0, 0, 0, 0].item() == pytest.approx(sum(1 / n for n in range(1, 401)), rel=0.01)
+
+
 @pytest.fixture
 def everything_through_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Send every fp32 product to oneDNN, whatever the processor and the size; gives the shapes it multiplied."""

@@ -96,6 +96,15 @@ def test_packed_documents_read_as_they_do_alone(options: dict[str, object]) -> N
     assert (packed - alone).norm() < 0.04 * alone.norm()
 
 
+def test_a_cache_read_in_pieces_gives_the_full_pass() -> None:
+    rack, ids = make(), torch.randint(0, VOCAB, (2, 40))
+    with torch.no_grad():
+        full = in_bf16(rack, ids)
+        cache = rack.make_cache(2, 40, torch.bfloat16)
+        pieces = [in_bf16(rack, ids[:, a:b], cache=cache) for a, b in ((0, 7), (7, 20), (20, 39), (39, 40))]
+    assert (torch.cat(pieces, 1) - full).norm() < 0.04 * full.norm()
+
+
 def test_linear_layers_hold_no_second_copy_of_their_weights() -> None:
     """What backward needs of a weight is the weight itself."""
     rack, ids = make(), torch.randint(0, VOCAB, (1, 4))

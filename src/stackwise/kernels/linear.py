@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.dtype, ctx.x_dtype = dtype, x.dtype
+        ctx.dtype = dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         bias = bias if bias is None else bias.to(dtype)
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = product(rows, weight.to(ctx.dtype).t()).view(x.shape).to(ctx.x_dtype)
+            grad_x = product(rows, weight.to(ctx.dtype).t()).view(x.shape)
         if needs_weight:
             grad_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if needs_bias:
