@@ -20,8 +20,9 @@ from stackwise.kernels.product import product
 from stackwise.kernels.rms_norm import compute_dtype
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 32 * 2**20}
-"""Logits of one chunk, by device. On Linux, the C library hands larger blocks back to the system after every use."""
+# Logits of one chunk, by device. On the CPU they should stay in its cache; and the C library of Linux hands blocks of
+# 32 MiB and more back to the system after every use.
+CHUNK_BYTES = {"cpu": 24 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 128  # fewer make products of matrices too thin to be fast
 SOFTMAX_ROWS = 64  # rows widened to fp32 at a time, a few megabytes
