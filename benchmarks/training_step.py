@@ -5,8 +5,8 @@ width, feed-forward width, heads, layers, vocabulary, parameters and data; no dr
 everyone, and StackWise once more in its default number format (bfloat16 where the processor multiplies it).
 
 All contenders live in one process and take turns, a few steps each, so that a busy machine slows them alike. A row
-shows the median CPU milliseconds of a step, and the median over the rounds of the ratio to Llama's (above 1 = faster)
-and to StackWise's own fp32.
+shows the median CPU milliseconds of a step, and the medians over the rounds of the ratios to Llama, to StackWise's own
+fp32, and to StackWise's fp32 with PyTorch's products (above 1 = faster).
 
     python benchmarks/training_step.py                       # all shapes, about four minutes
     python benchmarks/training_step.py --shapes small deep   # some of them
@@ -241,11 +241,11 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
             shape, measure(contenders(shape, options.tied), options.seconds)
         )
         show(f"{key}: {shape}, {found['rounds']} rounds")
-        show(f"  {'':36}{'ms/step':>9}{'tokens/s':>10}{'vs Llama':>10}{'vs own fp32':>13}")
+        show(f"  {'':36}{'ms/step':>9}{'tokens/s':>10}{'vs Llama':>10}{'vs fp32':>10}{'vs fp32 PyT.':>14}")
         for name, row in found["rows"].items():
             show(
                 f"  {name:36}{row['ms_per_step']:9.1f}{row['tokens_per_cpu_second']:10.0f}"
-                f"{row['vs_llama']:10.2f}{row['vs_own_fp32']:13.2f}"
+                f"{row['vs_llama']:10.2f}{row['vs_own_fp32']:10.2f}{row['vs_own_fp32_pytorch']:14.2f}"
             )
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

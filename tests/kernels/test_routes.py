@@ -13,7 +13,6 @@ from stackwise.kernels.attention import _BlockedAttention
 from stackwise.kernels.linear import _Linear, linear, linear_reference
 from stackwise.kernels.linear_cross_entropy import (
     CHUNK_BYTES,
-    SOFTMAX_ROWS,
     chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -161,9 +160,10 @@ def test_loss_of_confident_and_hopeless_rows_stays_exact() -> None:
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(plain, hidden)[0])
 
 
-def test_loss_in_bf16_is_that_of_its_own_logits() -> None:
+def test_loss_in_bf16_is_that_of_its_own_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding enters through the product alone: softmax and sum are fp32, over more rows than are widened at once."""
-    hidden = torch.randn(2 * SOFTMAX_ROWS + 9, 24).bfloat16()
+    monkeypatch.setattr("stackwise.kernels.linear_cross_entropy.WIDENED", 50 * 8)
+    hidden = torch.randn(21, 24).bfloat16()
     weight = torch.randn(50, 24)
     labels = torch.randint(0, 50, (len(hidden),))
     with torch.autocast("cpu", torch.bfloat16):

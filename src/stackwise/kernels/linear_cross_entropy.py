@@ -25,7 +25,7 @@ IGNORE = -100
 CHUNK_BYTES = {"cpu": 24 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 FEWEST_ROWS = 128  # fewer make products of matrices too thin to be fast
-SOFTMAX_ROWS = 64  # rows widened to fp32 at a time, a few megabytes
+WIDENED = 2**21  # logits widened to fp32 at a time: 8 MiB
 
 
 def chunk_rows(vocab_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
@@ -48,8 +48,9 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
         # The largest probability is at least 1 / V: its logarithm is safe where that of a label's may underflow.
         return p, logits.amax(dim=-1) - p.amax(dim=-1).log_()
     normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    for start in range(0, logits.shape[0], SOFTMAX_ROWS):
-        part = slice(start, start + SOFTMAX_ROWS)
+    rows = max(1, WIDENED // logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
         p, normaliser[part] = _softmax(logits[part].float())
         logits[part] = p
     return logits, normaliser
