@@ -93,7 +93,7 @@ def adopt(rack: Rack, spec: RackSpec, init: str, seed: int, own: dict[str, Stack
     for name in ("embedding", "positions", "tail", "norm"):
         setattr(grown, name, getattr(rack, name))
     grown.head = rack.head
-    grown.remat = rack.remat
+    grown.runner = rack.runner
     for uid in new:
         start_stack(grown, uid, init, seed)
     return grown

@@ -4,14 +4,17 @@ from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
+from stackwise.adapters.settings import AdapterKeys
 from stackwise.config.base import Settings
 from stackwise.config.types import Flag, NonNegativeInt, PositiveFloat, PositiveInt, Share, UnitFloat
+from stackwise.precision.settings import PrecisionKeys
+from stackwise.trunk.settings import TrunkKeys
 
 Trains = Literal["auto", "always", "first", "never"]
 
 
-class ProgressiveSettings(Settings):
-    """Growth of the model, stack by stack."""
+class CurriculumKeys(Settings):
+    """What grows, what trains, for how long."""
 
     enabled: Flag = True
     """Train stack by stack. false: one end-to-end stage."""
@@ -43,3 +46,7 @@ class ProgressiveSettings(Settings):
     """Share of a stage's steps over which the learning rate rises again after growth."""
     stage_weights: Annotated[list[PositiveFloat], MinLen(1)] | None = None
     """Relative budgets of the stack stages, one number per stack. null: equal."""
+
+
+class ProgressiveSettings(TrunkKeys, AdapterKeys, PrecisionKeys, CurriculumKeys):
+    """Growth of the model, stack by stack."""

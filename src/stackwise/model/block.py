@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stackwise.model.cache import BlockCache
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
-from stackwise.model.spec import BlockSpec, StackSpec
+from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
 from stackwise.model.visibility import Visibility
 
 
@@ -84,7 +84,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks in forward order. `uid` and `build_index` never change; `stack_id` is the position in its rack."""
+    """Blocks in forward order. `uid` and `build_index` never change; `stack_id` is the position in its rack.
+
+    `weight_format`, `compute_dtype` and `adapters` say what its layers are now; see `StackSpec`.
+    """
 
     def __init__(
         self,
@@ -94,8 +97,12 @@ class Stack(nn.Module):
         *,
         uid: str | None = None,
         build_index: int | None = None,
+        weight_format: str = "fp32",
+        compute_dtype: str | None = None,
+        adapters: tuple[AdapterSpec, ...] = (),
     ) -> None:
         super().__init__()
+        self.weight_format, self.compute_dtype, self.adapters = weight_format, compute_dtype, adapters
         self.blocks = nn.ModuleList(blocks)
         if not len(self.blocks):
             raise ValueError("a stack needs at least one block")
@@ -107,13 +114,23 @@ class Stack(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: StackSpec, stack_id: int) -> Stack:
+        """The plain fp32 modules of a description; `curriculum.assemble` adds its format and adapters."""
         blocks = [Block(block) for block in spec.blocks]
-        return cls(blocks, stack_id, uid=spec.uid, build_index=spec.build_index)
+        return cls(
+            blocks, stack_id, uid=spec.uid, build_index=spec.build_index, compute_dtype=spec.compute_dtype
+        )
 
     @property
     def spec(self) -> StackSpec:
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
-        return StackSpec(self.uid, tuple(block.spec for block in blocks), self.build_index)
+        return StackSpec(
+            self.uid,
+            tuple(block.spec for block in blocks),
+            self.build_index,
+            self.weight_format,
+            self.compute_dtype,
+            self.adapters,
+        )
 
     @property
     def d_model(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,36 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stackwise.model.block import Block, Context, Stack
-from stackwise.model.cache import KVCache
+from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
+from stackwise.model.modes import autocast_to
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
 from stackwise.model.visibility import Visibility
+
+
+class Runner(Protocol):
+    """How a block is run. `index` is its place in forward order, the tail last."""
+
+    def __call__(
+        self, index: int, block: Block, x_BTD: Tensor, context: Context, cache: BlockCache | None
+    ) -> Tensor: ...
+
+
+def run_block(index: int, block: Block, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
+    """Call the block."""
+    output: Tensor = block(x_BTD, context, cache)
+    return output
+
+
+def recompute_block(
+    index: int, block: Block, x_BTD: Tensor, context: Context, cache: BlockCache | None
+) -> Tensor:
+    """Call the block; where gradients flow keep only its input and compute the rest again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return run_block(index, block, x_BTD, context, cache)
+    output: Tensor = checkpoint(block, x_BTD, context, use_reentrant=False)
+    return output
 
 
 class Stacks(nn.Module):
@@ -80,7 +105,7 @@ class Rack(nn.Module):
         self.norm = NORM_LAYERS.get(spec.norm)(d_model, spec.norm_eps, any(b.bias for b in spec.blocks))
         self.head = Head(d_model, spec.vocab_size, self.embedding if spec.tied else None)
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
-        self.remat = False
+        self.runner: Runner = run_block
         start = Start.of(spec, seed)
         zero_head = bool(spec.blocks) and all(block.zero_init_outputs for block in spec.blocks)
         for name, child in self.named_children():
@@ -175,19 +200,34 @@ class Rack(nn.Module):
 
         `prefix`: how many leading units (embedding, then blocks) run without gradient; see `curriculum.split`.
         """
-        context = self._context(input_ids, attention_mask, position_ids, document_ids, cache)
-        blocks = self.blocks()
-        caches = cache.blocks if cache is not None else [None] * len(blocks)
+        context = self.make_context(input_ids, attention_mask, position_ids, document_ids, cache)
+        blocks = max(0, prefix - 1)
         with torch.no_grad() if prefix else nullcontext():
             x_BTD = self.embed(input_ids, context)
-            for block, held in zip(blocks[: max(0, prefix - 1)], caches, strict=False):
-                x_BTD = block(x_BTD, context, held)
-        for block, held in list(zip(blocks, caches, strict=True))[max(0, prefix - 1) :]:
-            if self.remat and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, context, held)
-        return self.norm(x_BTD)
+            x_BTD = self.run(x_BTD, context, 0, blocks, cache)
+        x_BTD = self.run(x_BTD, context, blocks, None, cache)
+        hidden: Tensor = self.norm(x_BTD)
+        return hidden
+
+    def run(
+        self,
+        x_BTD: Tensor,
+        context: Context,
+        start: int,
+        stop: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run blocks start..stop-1 (null: to the last) in forward order, the tail included; [B, T, D] -> the same."""
+        for index, (block, dtype) in list(enumerate(self._dtyped_blocks()))[start:stop]:
+            held = None if cache is None else cache.blocks[index]
+            with nullcontext() if dtype is None else autocast_to(dtype, x_BTD.device):
+                x_BTD = self.runner(index, block, x_BTD, context, held)
+        return x_BTD
+
+    def _dtyped_blocks(self) -> list[tuple[Block, str | None]]:
+        """All blocks in forward order, each with the compute dtype its stack insists on."""
+        listed = [(block, stack.compute_dtype) for stack in self.stacks for block in stack.blocks]
+        return [*listed, *((block, None) for block in self.tail)]  # type: ignore[list-item]
 
     def forward_from_stack(self, hidden: Tensor, start: int, end: int | None = None) -> Tensor:
         """Run stacks start..end-1 on hidden states [B, T, D]; with `end` null also the tail and the final norm."""
@@ -195,13 +235,12 @@ class Rack(nn.Module):
         if not 0 <= start <= n_stacks or (end is not None and not start <= end <= n_stacks):
             raise IndexError(f"stacks {start}..{end} of a rack of {n_stacks}")
         context = Context(Visibility(hidden.shape[1], device=hidden.device), None, self.spec.max_seq_len)
-        for stack in list(self.stacks)[start:end]:
-            hidden = stack(hidden, context)
+        bounds = [0]
+        for stack in self.stacks:
+            bounds.append(bounds[-1] + len(stack.blocks))
         if end is not None:
-            return hidden
-        for block in self.tail:
-            hidden = block(hidden, context)
-        return self.norm(hidden)
+            return self.run(hidden, context, bounds[start], bounds[end])
+        return self.norm(self.run(hidden, context, bounds[start]))
 
     def look_up(self, input_ids: Tensor) -> Tensor:
         """Token vectors without positions: ids of any shape -> [..., D], a new tensor."""
@@ -219,14 +258,15 @@ class Rack(nn.Module):
             x_BTD = x_BTD + self.positions(position_ids)
         return x_BTD if self.dropout is None else self.dropout(x_BTD)
 
-    def _context(
+    def make_context(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        document_ids: Tensor | None,
-        cache: KVCache | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Context:
+        """What all blocks of a forward pass share; also checks lengths and shapes (ValueError)."""
         past = cache.length if cache is not None else 0
         n_new, limit = input_ids.shape[1], self.spec.max_seq_len
         if past + n_new > limit:

@@ -96,12 +96,41 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class AdapterSpec:
+    """A named set of adapters on the linear layers of a stack. `targets`: all-linear, layer names, or one regex."""
+
+    name: str
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
 class StackSpec:
-    """Blocks in forward order under an identity that never changes."""
+    """Blocks in forward order under an identity that never changes.
+
+    `weight_format`: how the matrices are stored (fp32 while the stack trains, see `stackwise.precision.formats`).
+    `compute_dtype` null is the run's. `adapters` are the sets attached to the stack, in the order of their making.
+    """
 
     uid: str
     blocks: tuple[BlockSpec, ...]
     build_index: int = 0
+    weight_format: str = "fp32"
+    compute_dtype: str | None = None
+    adapters: tuple[AdapterSpec, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StackSpec:
+        """What `dataclasses.asdict` gave, read again."""
+        blocks = tuple(BlockSpec.create(row) for row in data["blocks"])
+        adapters = tuple(
+            AdapterSpec(**{**row, "targets": tuple(row["targets"])}) for row in data.get("adapters", ())
+        )
+        return cls(**{**data, "blocks": blocks, "adapters": adapters})
 
 
 @dataclass(frozen=True)
@@ -156,8 +185,6 @@ class RackSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RackSpec:
-        def blocks(rows: Sequence[Mapping[str, Any]]) -> tuple[BlockSpec, ...]:
-            return tuple(BlockSpec.create(row) for row in rows)
-
-        stacks = tuple(StackSpec(s["uid"], blocks(s["blocks"]), s["build_index"]) for s in data["stacks"])
-        return cls(**{**data, "stacks": stacks, "tail": blocks(data["tail"])})
+        stacks = tuple(StackSpec.from_dict(stack) for stack in data["stacks"])
+        tail = tuple(BlockSpec.create(row) for row in data["tail"])
+        return cls(**{**data, "stacks": stacks, "tail": tail})

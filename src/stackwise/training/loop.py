@@ -25,7 +25,7 @@ from stackwise.curriculum.split import Split, apply_training, split_of, trained_
 from stackwise.curriculum.stage import Stage
 from stackwise.model.flops import step_flops
 from stackwise.model.init import keyed_generator
-from stackwise.model.rack import Rack
+from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.objectives.causal import CausalLM, Example
 from stackwise.training import records
 from stackwise.training.counting import SavedBytes, gradient_bytes, parameter_bytes
@@ -145,7 +145,7 @@ class Engine:
         self.split = apply_training(self.rack, self.units)
         assert self.split == split_of(self.rack)
         self.optimizers = Optimizers(self.rack, stage, training)
-        self.rack.remat = training.gradient_checkpointing
+        self.rack.runner = recompute_block if training.gradient_checkpointing else run_block
         if training.compile:
             for block in self.rack.blocks():
                 if block._compiled_call_impl is None:

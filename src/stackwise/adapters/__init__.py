@@ -1,0 +1,1 @@
+"""Named sets of adapters on the linear layers of stacks."""

@@ -1,0 +1,7 @@
+"""Settings of the room; they are part of `training.progressive`."""
+
+from stackwise.config.base import Settings
+
+
+class AdapterKeys(Settings):
+    """Keys of `training.progressive` that this room reads."""

@@ -1,0 +1,1 @@
+"""Compute dtypes and frozen weight formats."""

@@ -1,0 +1,1 @@
+"""How a frozen prefix is provided: resident, streamed or from the activation store."""
