@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import torch
 
+from stackwise.curriculum.stage import INITS
 from stackwise.model.block import Block, Stack
 from stackwise.model.init import Start, init_weights
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec, StackSpec
-
-INITS = ("copy", "zero", "random")
 
 
 def next_build_index(spec: RackSpec) -> int:

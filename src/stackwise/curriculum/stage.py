@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from stackwise.model.spec import BlockSpec
+
+OPS = ("append", "prepend", "duplicate")
+INITS = ("copy", "zero", "random")
+STATES = ("reset", "carry", "copy")
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What is added before the stage trains. `init`: copy, zero or random; see `curriculum.growth`."""
+    """What is added before the stage trains; see `curriculum.growth`.
+
+    append, prepend: one stack of `n_blocks` blocks next to the head or the embedding, started by `init` (copy, zero,
+    random). `blocks` null: of the same kind as its neighbour's.
+    duplicate: the whole sequence of stacks `factor` times, or block i of the new rack a copy of block `layers[i]` of
+    the old one; blocks that do not form a whole old stack are cut into stacks of `n_blocks`.
+    """
 
     op: str
-    n_blocks: int
-    init: str
+    n_blocks: int = 0
+    init: str = "copy"
+    factor: int = 2
+    layers: tuple[int, ...] | None = None
+    blocks: tuple[BlockSpec, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Growth:
+        layers, blocks = data.get("layers"), data.get("blocks")
+        return cls(
+            **{
+                **data,
+                "layers": None if layers is None else tuple(layers),
+                "blocks": None if blocks is None else tuple(BlockSpec.create(row) for row in blocks),
+            }
+        )
 
 
 @dataclass(frozen=True)
 class Stage:
     """What grows, what trains, at which rate, for how long.
 
-    `trains` holds selectors: all, new, embedding, tail, norm, head, trunk, stack:<position>. `lr` null is the
-    optimizer's rate; `trunk_lr` the rate of stacks that are not new. `optimizer_state`: what happens to the moments
-    at the start of this stage (reset, carry, copy).
+    `n_stacks` stacks are there once it has grown. `trains` holds selectors: all, new, trunk, embedding, tail, norm,
+    head, stack:<position>, block:<position>.<i>, lora:<set>. Peak rates: `lr` of the newest stack, `trunk_lr` of the
+    others, `io_lr` of embedding, tail, norm and head, `adapter_lr` of adapters; null is the optimizer's.
+    `schedule` (start, total): the rate follows a schedule of `total` steps from its step `start` on, so that several
+    stages share one; null is a schedule of the stage's own.
+    `optimizer_state`: what happens to the moments at the start (reset, carry, copy; see `training.optim.carried`).
+    `alone`: embedding -> only the stack with this build index -> norm -> head.
+    `data_start`: optimizer steps into the stream of samples at which the stage starts; null goes on where the last
+    one ended. `seq_len`, `batch_size`, `precision` (of the new stack) and `cache` null: those of the run.
     """
 
     name: str
@@ -31,14 +64,30 @@ class Stage:
     grow: Growth | None = None
     lr: float | None = None
     trunk_lr: float | None = None
+    io_lr: float | None = None
+    adapter_lr: float | None = None
     warmup_steps: int = 0
+    schedule: tuple[int, int] | None = None
     optimizer_state: str = "reset"
+    alone: int | None = None
+    data_start: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    cache: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `Stage.from_dict` gives back an equal object."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Stage:
-        grow = Growth(**data["grow"]) if data["grow"] else None
-        return cls(**{**data, "trains": tuple(data["trains"]), "grow": grow})
+    def from_dict(cls, data: Mapping[str, Any]) -> Stage:
+        grow, schedule = data.get("grow"), data.get("schedule")
+        return cls(
+            **{
+                **data,
+                "trains": tuple(data["trains"]),
+                "grow": None if grow is None else Growth.from_dict(grow),
+                "schedule": None if schedule is None else (int(schedule[0]), int(schedule[1])),
+            }
+        )
