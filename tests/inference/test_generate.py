@@ -282,6 +282,12 @@ def test_post_norm_and_large_racks_and_autocast_are_not_covered(monkeypatch: pyt
     assert "after its sub-layers" in (plan.uncovered(rack_of(norm_placement="post")) or "")
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in (plan.uncovered(rack_of()) or "")
+    rack = rack_of()
+    rack.runner = lambda index, block, x, context, cache: block(x, context, cache)
+    assert "simply called" in (plan.uncovered(rack) or "")
+    rack = rack_of()
+    rack.stacks[0].compute_dtype = "bfloat16"
+    assert "dtype of its own" in (plan.uncovered(rack) or "")
     monkeypatch.setattr(plan, "COPY_LIMIT", 1000)
     assert "1,000 bytes" in (plan.uncovered(rack_of()) or "")
 

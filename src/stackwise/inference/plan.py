@@ -27,7 +27,7 @@ from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
 from stackwise.model.norms import LayerNorm, RMSNorm
 from stackwise.model.positions import LearnedPositions, SinusoidalPositions
-from stackwise.model.rack import Head, Rack, Stacks
+from stackwise.model.rack import Head, Rack, Stacks, recompute_block, run_block
 from stackwise.model.short_conv import ShortConv
 
 COPY_LIMIT = 2 * 2**30
@@ -67,6 +67,10 @@ def uncovered(rack: Rack) -> str | None:
             return f"{name or 'the rack'} has a forward hook"
     if not all(block.pre for block in rack.blocks()):
         return "a block normalises after its sub-layers"
+    if rack.runner not in (run_block, recompute_block):
+        return "its blocks are not simply called"
+    if any(stack.compute_dtype not in (None, "float32") for stack in rack.stacks):
+        return "a stack computes in a dtype of its own"
     kinds = {(tensor.device.type, tensor.dtype) for tensor in rack.parameters()}
     if kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}):
         return "weights are not all float32 on the CPU"
