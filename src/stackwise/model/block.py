@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from stackwise.model.cache import BlockCache
+from stackwise.model.names import PlainNames
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
@@ -22,7 +23,7 @@ class Context(NamedTuple):
     max_seq_len: int
 
 
-class Block(nn.Module):
+class Block(PlainNames):
     """Attention and feed-forward around a residual stream.
 
     With `short_conv`, a short causal convolution runs over the input of both.
@@ -83,7 +84,7 @@ class Block(nn.Module):
         return self
 
 
-class Stack(nn.Module):
+class Stack(PlainNames):
     """Blocks in forward order. `uid` and `build_index` never change; `stack_id` is the position in its rack.
 
     `weight_format`, `compute_dtype` and `adapters` say what its layers are now; see `StackSpec`.

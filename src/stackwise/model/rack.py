@@ -15,6 +15,7 @@ from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
 from stackwise.model.modes import autocast_to
+from stackwise.model.names import PlainNames
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
 from stackwise.model.visibility import Visibility
@@ -83,7 +84,7 @@ class Head(nn.Module):
         return F.linear(hidden_BTD, self.matrix)
 
 
-class Rack(nn.Module):
+class Rack(PlainNames):
     """A language model made of stacks.
 
     `rack(input_ids)` takes int64 ids [B, T] and gives logits [B, T, V]. Float ids are a TypeError, an id outside the

@@ -6,10 +6,12 @@ Growth, planning and checkpoints work on these; no torch is imported.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from stackwise.config.errors import did_you_mean
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.settings import FFN_TYPES, default_d_ff
 
@@ -95,9 +97,15 @@ class BlockSpec:
         return cls(**options)
 
 
+ADAPTER_METHODS = ("lora", "dora", "mora", "bottleneck")
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A named set of adapters on the linear layers of a stack. `targets`: all-linear, layer names, or one regex."""
+    """A named set of adapters on the linear layers of a stack. Wrong values are ValueErrors.
+
+    `targets`: all-linear, names of layers, or regular expressions. `rank` is the width of a bottleneck.
+    """
 
     name: str
     method: str = "lora"
@@ -106,6 +114,27 @@ class AdapterSpec:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name):
+            yield f"the name of an adapter set is made of letters, digits, _ and -, got {self.name!r}"
+        if self.method not in ADAPTER_METHODS:
+            close = did_you_mean(self.method, ADAPTER_METHODS)
+            yield f"unknown adapter method {self.method!r}; known: {', '.join(ADAPTER_METHODS)}" + (
+                f"; {close}" if close else ""
+            )
+        if self.rank < 1:
+            yield f"the rank of an adapter set must be at least 1, got {self.rank}"
+        if not self.alpha > 0:
+            yield f"the alpha of an adapter set must be above 0, got {self.alpha}"
+        if not 0 <= self.dropout < 1:
+            yield f"the dropout of an adapter set must be in [0, 1), got {self.dropout}"
+        if not self.targets:
+            yield "an adapter set needs targets: all-linear, names of layers, or regular expressions"
 
 
 @dataclass(frozen=True)
