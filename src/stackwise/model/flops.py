@@ -1,51 +1,185 @@
-"""Parameters and FLOPs from descriptions, without building anything.
+"""FLOPs of a training step from descriptions, without building anything.
 
 Counting follows the matrices: a matrix of P numbers costs 2P FLOP per token forward, 2P for the gradient to its
 input and 2P for the gradient to itself. Attention adds 4 T D per token forward over T visible positions (half of
-that when causal), and twice as much backward. Norms, activations and rotations are left out (under 1 %).
+that when causal), and twice as much backward. Norms, activations, rotations and short convolutions are left out
+(under 1 %), and so is what is paid per step and not per token, such as unpacking a 4-bit matrix.
+
+In cost units, one block's forward pass is 1: a trained block costs 3, a frozen one before the first trained tensor 1,
+a frozen one behind it 2, and a block whose forward pass is repeated for the backward pass 1 more.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
 from stackwise.model.settings import FFN_TYPES
-from stackwise.model.spec import BlockSpec, RackSpec
+from stackwise.model.spec import AdapterSpec, BlockSpec, RackSpec, StackSpec
+
+ATTENTION_INPUTS = ("attn.q", "attn.k", "attn.v")
+
+
+def block_matrices(spec: BlockSpec) -> dict[str, tuple[int, int]]:
+    """Name -> (outputs, inputs) of the matrices of a block, in the order in which they are used."""
+    kv_width, width, wide = spec.n_kv_heads * spec.head_dim, spec.d_model, spec.d_ff
+    matrices = {
+        "attn.q": (width, width),
+        "attn.k": (kv_width, width),
+        "attn.v": (kv_width, width),
+        "attn.o": (width, width),
+    }
+    if FFN_TYPES.get(spec.ffn_type, False):
+        matrices["ffn.gate"] = (wide, width)
+    return {**matrices, "ffn.up": (wide, width), "ffn.down": (width, wide)}
 
 
 def block_matrix_parameters(spec: BlockSpec) -> int:
     """Numbers in the matrices of a block."""
-    kv_width = spec.n_kv_heads * spec.head_dim
-    attention = 2 * spec.d_model * spec.d_model + 2 * spec.d_model * kv_width
-    matrices = 3 if FFN_TYPES.get(spec.ffn_type, False) else 2
-    return attention + matrices * spec.d_model * spec.d_ff
+    return sum(rows * columns for rows, columns in block_matrices(spec).values())
+
+
+def attention_flops(spec: BlockSpec, seq_len: int) -> float:
+    """FLOP per token of the two products of attention, forward, over rows of `seq_len` tokens."""
+    seen = (seq_len + 1) / 2 if spec.causal else seq_len
+    return 4.0 * seen * spec.d_model
 
 
 def block_forward_flops(spec: BlockSpec, seq_len: int) -> float:
     """FLOP per token of one block's forward pass over rows of `seq_len` tokens."""
-    seen = (seq_len + 1) / 2 if spec.causal else seq_len
-    return 2.0 * block_matrix_parameters(spec) + 4.0 * seen * spec.d_model
+    return 2.0 * block_matrix_parameters(spec) + attention_flops(spec, seq_len)
 
 
-def step_flops(spec: RackSpec, trained: set[str], seq_len: int) -> float:
-    """FLOP per token of one training step that trains the named units.
+def adapter_numbers(adapter: AdapterSpec, rows: int, columns: int) -> int:
+    """Numbers in the matrices that a set adds to a [rows, columns] layer."""
+    if adapter.method == "mora":
+        return math.isqrt((rows + columns) * adapter.rank) ** 2
+    return adapter.rank * (rows + columns)
 
-    `trained` holds unit names as `Rack.units` gives them ("embedding", "stack:s0", "tail", "norm", "head"). Units
-    before the first trained one cost 1 (forward), trained ones 3, frozen ones behind it 2 (no gradient to their own
-    weights); looking up the embedding is free.
+
+def targets(adapter: AdapterSpec, name: str) -> bool:
+    """Whether a set sits on the layer `name` of a block, such as attn.q."""
+    leaf = name.rpartition(".")[2]
+    if "all-linear" in adapter.targets or leaf in adapter.targets or name in adapter.targets:
+        return True
+    return len(adapter.targets) == 1 and re.fullmatch(adapter.targets[0], name) is not None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does with one block. `sets`: adapters in the graph; `learning`: names of those that train."""
+
+    spec: BlockSpec
+    trains: bool
+    sets: tuple[AdapterSpec, ...]
+    learning: frozenset[str]
+
+
+def rows_of(spec: RackSpec, trained: Collection[str], alone: int | None = None) -> Iterator[Work]:
+    """The blocks that a step runs, in forward order; `alone`: only the stack with this build index.
+
+    `trained` holds unit names: "stack:<uid>", "block:<uid>.<i>", "lora.<set>:<uid>", "tail", ...
     """
-    rows = [(f"stack:{stack.uid}", block) for stack in spec.stacks for block in stack.blocks]
-    rows += [("tail", block) for block in spec.tail]
-    total, gradient_flows = 0.0, "embedding" in trained
-    for name, block in rows:
-        forward = block_forward_flops(block, seq_len)
-        if name in trained:
-            # Attention has no weights of its own: its gradient costs the same whether or not the block trains.
-            gradient_flows = True
-            total += 3 * forward
-        elif gradient_flows:
-            total += 3 * forward - 2.0 * block_matrix_parameters(block)
-        else:
-            total += forward
+    for stack in spec.stacks:
+        if alone is None or stack.build_index == alone:
+            yield from _rows_of_stack(stack, trained)
+    for block in spec.tail:
+        yield Work(block, "tail" in trained, (), frozenset())
+
+
+def _rows_of_stack(stack: StackSpec, trained: Collection[str]) -> Iterator[Work]:
+    learning = frozenset(s.name for s in stack.adapters if f"lora.{s.name}:{stack.uid}" in trained)
+    for i, block in enumerate(stack.blocks):
+        trains = f"stack:{stack.uid}" in trained or f"block:{stack.uid}.{i}" in trained
+        yield Work(block, trains, stack.adapters, learning)
+
+
+def step_flops(
+    spec: RackSpec,
+    trained: Collection[str],
+    seq_len: int,
+    *,
+    recompute: bool = False,
+    cached: int = 0,
+    alone: int | None = None,
+) -> float:
+    """FLOP per token of one training step that trains the named units (see `rows_of`; and "embedding", "norm", "head").
+
+    `recompute`: blocks that gradients pass run their forward pass twice. `cached`: leading blocks whose output is
+    read from the activation store. Looking up the embedding is free.
+    """
+    total, flows = 0.0, "embedding" in trained
+    for index, work in enumerate(rows_of(spec, trained, alone)):
+        if index < cached:
+            continue
+        forward, backward, flows = _block_flops(work, seq_len, flows)
+        total += forward * (2 if recompute and flows else 1) + backward
     head = 2.0 * spec.vocab_size * spec.d_model
-    gradient_flows = gradient_flows or "norm" in trained
+    flows = flows or "norm" in trained
     own = "embedding" if spec.tied else "head"
-    return total + head * (1 + gradient_flows + (own in trained))
+    return total + head * (1 + flows + (own in trained))
+
+
+def step_units(
+    spec: RackSpec,
+    trained: Collection[str],
+    *,
+    recompute: bool = False,
+    cached: int = 0,
+    alone: int | None = None,
+) -> int:
+    """The cost of a step in forward passes of one block; embedding and head are left out."""
+    total, flows = 0, "embedding" in trained
+    for index, work in enumerate(rows_of(spec, trained, alone)):
+        if index < cached:
+            continue
+        learns = work.trains or bool(work.learning)
+        flows = flows or learns
+        total += 3 if work.trains else 2 if flows else 1
+        total += recompute and flows
+    return total
+
+
+def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, bool]:
+    """(forward, backward, whether the output has a gradient) of a block whose input has one or not (`flows`)."""
+    block, trains = work.spec, work.trains
+    matrices, attention = block_matrices(block), attention_flops(block, seq_len)
+    # A norm or a short convolution that trains in front of a layer needs the gradient of the layer's input.
+    own_front = trains and (block.norm_placement == "pre" or bool(block.short_conv))
+    into_attention = flows or own_front
+    forward, backward = attention, 0.0
+    reached = dict.fromkeys(ATTENTION_INPUTS, into_attention)
+
+    def gives(name: str) -> bool:
+        return reached[name] or trains or any(s.name in work.learning and targets(s, name) for s in work.sets)
+
+    for name, (rows, columns) in matrices.items():
+        if name == "attn.o":
+            reached[name] = any(gives(n) for n in ATTENTION_INPUTS)
+            backward += 2 * attention * reached[name]
+        elif name == "ffn.down":
+            reached[name] = any(gives(n) for n in ("ffn.gate", "ffn.up") if n in matrices)
+        elif name not in reached:
+            reached[name] = flows or gives("attn.o") or trains
+        product = 2.0 * rows * columns
+        weight_trains = trains and not (block.freeze_up_proj and name == "ffn.up")
+        forward += product
+        backward += product * (reached[name] + weight_trains)
+        for adapter in work.sets:
+            if targets(adapter, name):
+                added = _adapter_flops(adapter, rows, columns, adapter.name in work.learning, reached[name])
+                forward, backward = forward + added[0], backward + added[1]
+    return forward, backward, flows or gives("ffn.down") or gives("attn.o")
+
+
+def _adapter_flops(
+    adapter: AdapterSpec, rows: int, columns: int, learns: bool, reached: bool
+) -> tuple[float, float]:
+    """(forward, backward) of a set on one layer; `reached`: the layer's input has a gradient."""
+    forward = 2.0 * adapter_numbers(adapter, rows, columns)
+    if not learns:
+        return forward, forward * reached
+    second = forward * rows / (rows + columns) if adapter.method != "mora" else 0.0
+    return forward, forward + (forward if reached else second)
