@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stackwise.curriculum.curricula import stages
-from stackwise.curriculum.growth import append_stack
+from stackwise.curriculum.growth import grow
 from stackwise.curriculum.split import apply_training, split_of, trained_units
-from stackwise.curriculum.stage import Stage
+from stackwise.curriculum.stage import Growth, Stage
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 
@@ -35,32 +35,32 @@ def test_zero_growth_leaves_logits_unchanged_bit_for_bit(tiny, options):
     rack = make_rack(tiny, **options)
     tokens = ids(rack)
     before = rack(tokens)
-    grown = append_stack(rack, 2, "zero", seed=0)
+    grown = grow(rack, Growth("append", 2, "zero"), seed=0)[0]
     assert len(grown.stacks) == 3
     assert torch.equal(grown(tokens), before)
 
 
 def test_copied_stack_equals_its_source_and_random_does_not(tiny):
     rack = make_rack(tiny)
-    copied = append_stack(rack, 1, "copy", seed=0)
+    copied = grow(rack, Growth("append", 1, "copy"), seed=0)[0]
     pairs = list(zip(copied.stacks[2].parameters(), copied.stacks[1].parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
-    fresh = append_stack(make_rack(tiny), 1, "random", seed=0)
+    fresh = grow(make_rack(tiny), Growth("append", 1, "random"), seed=0)[0]
     assert not torch.equal(fresh.stacks[2].blocks[0].attn.q.weight, fresh.stacks[1].blocks[0].attn.q.weight)
 
 
 def test_growth_keeps_every_older_tensor(tiny):
     rack = make_rack(tiny)
     before = copy.deepcopy(rack.state_dict())
-    grown = append_stack(rack, 1, "copy", seed=0).state_dict()
+    grown = grow(rack, Growth("append", 1, "copy"), seed=0)[0].state_dict()
     assert all(torch.equal(grown[name], tensor) for name, tensor in before.items())
 
 
 def test_zero_growth_under_post_norm_is_refused(tiny):
     rack = make_rack(tiny, model__norm_placement="post")
     with pytest.raises(ValueError, match="norm_placement pre"):
-        append_stack(rack, 1, "zero", seed=0)
+        grow(rack, Growth("append", 1, "zero"), seed=0)
 
 
 def test_prefix_is_derived_from_what_trains(tiny):

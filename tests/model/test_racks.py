@@ -16,7 +16,8 @@ from stackwise import (
     create_simple_rack,
     create_stack_from_config,
 )
-from stackwise.curriculum.growth import append_stack
+from stackwise.curriculum.growth import grow
+from stackwise.curriculum.stage import Growth
 from stackwise.model.describe import rack_spec
 from stackwise.model.flops import step_flops
 from stackwise.model.rack import Rack
@@ -214,7 +215,7 @@ def test_a_rack_built_at_once_starts_like_one_grown_stack_by_stack():
     spec = rack_spec(config())
     whole = Rack(spec, seed=7)
     grown = Rack(spec.with_stacks(spec.stacks[:1]), seed=7)
-    grown = append_stack(grown, len(spec.stacks[1].blocks), "random", seed=7)
+    grown = grow(grown, Growth("append", len(spec.stacks[1].blocks), "random"), seed=7)[0]
     assert whole.state_dict().keys() == grown.state_dict().keys()
     assert all(torch.equal(t, grown.state_dict()[n]) for n, t in whole.state_dict().items())
     other = Rack(spec, seed=8).state_dict()

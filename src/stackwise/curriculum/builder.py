@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.curriculum.growth import adopt, next_build_index
+from stackwise.curriculum.growth import adopt, grow, new_stack
 from stackwise.curriculum.split import apply_training
+from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack
 from stackwise.model.describe import block_spec, rack_spec
 from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
-from stackwise.model.spec import RackSpec, StackSpec
+from stackwise.model.spec import RackSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -89,32 +90,30 @@ class ProgressiveRackBuilder:
             raise ValueError(
                 f"the rack has {self.n_stacks} stacks and training.progressive.max_stacks is {self.max_stacks}; raise it"
             )
-        spec = self._base if self._rack is None else self._rack.spec
-        index = next_build_index(spec)
-        if stack is not None:
-            if stack.d_model != spec.d_model:
-                raise ValueError(f"the stack is {stack.d_model} wide, the rack {spec.d_model}")
-            stack.build_index, stack.uid = index, f"s{index}"
-            new = stack.spec
+        seed, held = self.config.training.seed, self._rack
+        spec = self._base if held is None else held.spec
+        count = self.config.model.architecture.blocks_per_stack if n_blocks is None else n_blocks
+        if stack is not None and stack.d_model != spec.d_model:
+            raise ValueError(f"the stack is {stack.d_model} wide, the rack {spec.d_model}")
+        if count < 1:
+            raise ValueError(f"n_blocks must be at least 1, got {count}")
+        blocks = (block_spec(self.config.model),) * count if stack is None else stack.spec.blocks
+        if held is not None and stack is None:
+            init = self.config.training.progressive.new_stack_init
+            growth = Growth("prepend" if at_left else "append", count, init, blocks=blocks)
+            self._rack = grow(held, growth, seed)[0]
         else:
-            count = self.config.model.architecture.blocks_per_stack if n_blocks is None else n_blocks
-            if count < 1:
-                raise ValueError(f"n_blocks must be at least 1, got {count}")
-            new = StackSpec(f"s{index}", (block_spec(self.config.model),) * count, index)
-        grown = spec.with_stacks([new, *spec.stacks] if at_left else [*spec.stacks, new])
-        self._rack = self._build(grown, new.uid, stack)
+            new = new_stack(spec.stacks, blocks)
+            if stack is not None:
+                stack.build_index, stack.uid = new.build_index, new.uid
+                new = stack.spec
+            own = {} if stack is None else {new.uid: stack}
+            if held is None:
+                self._rack = Rack(spec.with_stacks([new]), seed=seed, stacks=list(own.values()) or None)
+            else:
+                grown = spec.with_stacks([new, *spec.stacks] if at_left else [*spec.stacks, new])
+                self._rack = adopt(held, grown, seed, own=own)
         return self._rack.stacks[0 if at_left else -1]
-
-    def _build(self, spec: RackSpec, uid: str, own: Stack | None) -> Rack:
-        seed = self.config.training.seed
-        if self._rack is None:
-            rack = Rack(spec, seed=seed)
-            if own is not None:
-                rack = Rack(spec, seed=seed, stacks=[own])
-            return rack
-        if own is None:
-            return adopt(self._rack, spec, self.config.training.progressive.new_stack_init, seed)
-        return adopt(self._rack, spec, "random", seed, own={uid: own})
 
     def build_rack(self) -> Rack:
         """The current rack, the same object until the next growth. No stacks yet: ValueError."""

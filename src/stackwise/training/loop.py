@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.root import StackWiseConfig
-from stackwise.curriculum.growth import append_stack
+from stackwise.curriculum.growth import Copies, grow
 from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
 from stackwise.curriculum.stage import Stage
 from stackwise.model.flops import step_flops
@@ -120,21 +120,18 @@ class Engine:
     def _begin(self, stage: Stage) -> None:
         """Grow, freeze, and build the optimizer of a stage."""
         p, before = self.progress, {} if self.optimizers is None else self.optimizers.state()
-        new_uid = None
+        copies: Copies = {}
+        uids = {s.uid for s in self.rack.spec.stacks}
         if stage.grow is not None:
             if p.eval_loss is not None:
                 self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
-            uids = {s.uid for s in self.rack.spec.stacks}
-            self.rack = append_stack(
-                self.rack, stage.grow.n_blocks, stage.grow.init, self.config.training.seed
-            )
-            new_uid = next(s.uid for s in self.rack.spec.stacks if s.uid not in uids)
+            self.rack, copies = grow(self.rack, stage.grow, self.config.training.seed)
         p.start_stage()
         self._set_up(stage)
         assert self.optimizers is not None
-        copied = new_uid if stage.grow is not None and stage.grow.init == "copy" else None
-        self.optimizers.load(carried(self.rack, before, stage.optimizer_state, copied))
-        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, new_uid))
+        self.optimizers.load(carried(before, stage.optimizer_state, copies))
+        grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
+        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, grown))
         if stage.grow is not None and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
@@ -163,7 +160,7 @@ class Engine:
     def _take_up(self, stage: Stage) -> None:
         """After a resume: do what followed the save that was loaded."""
         self._resumed = False
-        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, None))
+        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, []))
         if 0 < self.progress.stage_step < stage.steps:
             self._observe(stage)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.curriculum.growth import source_names
+from stackwise.curriculum.growth import Copies
 from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.training.muon import Muon
@@ -151,17 +151,17 @@ def _make(kind: str, groups: list[dict[str, Any]], settings: TrainingSettings) -
         ) from None
 
 
-def carried(rack: Rack, state: OptimizerState, how: str, new_uid: str | None) -> OptimizerState:
+def carried(state: OptimizerState, how: str, copies: Copies) -> OptimizerState:
     """What of the last stage's moments the next one starts with.
 
-    reset: nothing. carry: those of parameters that go on, by name. copy: also the new stack's, taken from the stack
-    it was copied from (Shen et al. 2022, arXiv 2203.06211).
+    reset: nothing. carry: those of parameters that go on, by name. copy: also those of new blocks, taken from the
+    blocks they are copies of (Shen et al. 2022, arXiv 2203.06211).
     """
     if how == "reset":
         return {}
     kept = dict(state)
-    if how == "copy" and new_uid is not None:
-        for new, old in source_names(rack.spec, new_uid).items():
+    if how == "copy":
+        for new, old in copies.items():
             for name in state:
                 if name.startswith(old):
                     kept[new + name.removeprefix(old)] = state[name]

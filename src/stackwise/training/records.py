@@ -13,9 +13,9 @@ from stackwise.training.progress import Progress
 
 
 def stage_start(
-    rack: Rack, split: Split | None, p: Progress, stage: Stage, new_uid: str | None
+    rack: Rack, split: Split | None, p: Progress, stage: Stage, grown: list[str]
 ) -> dict[str, Any]:
-    """A stage begins or is taken up; `new_uid` is the stack that was added for it."""
+    """A stage begins or is taken up; `grown` are the stacks that were added for it."""
     assert split is not None
     return {
         "event": "stage_start",
@@ -27,7 +27,7 @@ def stage_start(
         "trainable_params": rack.get_trainable_parameter_count(),
         "prefix_blocks": split.prefix_blocks,
         "total_blocks": split.n_blocks,
-        "new_stack": new_uid,
+        "new_stack": ", ".join(grown) or None,
     }
 
 
