@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stackwise.kernels.device import device_kind
+
 QUERIES = 128  # queries of one block
 BLOCK_NUMBERS = 2**19  # scores of one block: 1 MiB, the size of a core's second-level cache
 
@@ -166,7 +168,7 @@ def attention(
     visible bool [B or 1, 1, T, S], True = seen. `causal` (T = S): query t sees no key after t; a given `visible` says
     so too, and `causal` only spares the work. A query that sees nothing gives something finite, which the caller blanks.
     """
-    blocked = q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] > 1
+    blocked = q.dtype == k.dtype == torch.bfloat16 and device_kind(q) == "cpu" and q.shape[2] > 1
     if blocked and dropout == 0.0 and not torch.compiler.is_compiling():
         return _BlockedAttention.apply(q, k, v, visible, causal)
     grouped = k.shape[1] != q.shape[1]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stackwise.kernels.device import device_kind
 from stackwise.kernels.product import prefers_onednn, product
 from stackwise.kernels.rms_norm import compute_dtype
 
@@ -62,6 +63,6 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     columns, inner = weight_OI.shape
     dtype = compute_dtype(x)
     faster = dtype == torch.bfloat16 or prefers_onednn(x.numel() // inner, inner, columns, x, weight_OI)
-    if faster and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if faster and device_kind(x) == "cpu" and not torch.compiler.is_compiling():
         return _Linear.apply(x, weight_OI, bias_O, dtype)
     return F.linear(x, weight_OI, bias_O)

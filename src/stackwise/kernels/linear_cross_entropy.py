@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stackwise.kernels.device import device_kind
 from stackwise.kernels.product import product
 from stackwise.kernels.rms_norm import compute_dtype
 
@@ -108,5 +109,5 @@ def linear_cross_entropy(
     is on; the softmax is always fp32 or wider.
     """
     dtype = compute_dtype(hidden)
-    rows = rows_per_chunk or chunk_rows(weight.shape[0], dtype, hidden.device.type)
+    rows = rows_per_chunk or chunk_rows(weight.shape[0], dtype, device_kind(hidden))
     return _LinearCrossEntropy.apply(hidden, weight, labels, rows, dtype)

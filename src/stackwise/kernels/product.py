@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stackwise.kernels.device import device_kind
+
 WORTH_IT = 2**20
 """Multiplications from which oneDNN's faster arithmetic outweighs its dearer call."""
 
@@ -51,7 +53,7 @@ def prefers_onednn(rows: int, inner: int, columns: int, *operands: Tensor) -> bo
     return (
         _allowed
         and rows * inner * columns >= WORTH_IT
-        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in operands)
+        and all(x.dtype == torch.float32 and device_kind(x) == "cpu" for x in operands)
         and not torch.compiler.is_compiling()
         and _onednn() is not None
     )

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stackwise.kernels.device import device_kind
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the next matrix product will use: autocast's, when it is on, else `x`'s own."""
@@ -67,6 +69,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     convert it again.
     """
     out_dtype = compute_dtype(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if device_kind(x) == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight, eps, out_dtype)
     return rms_norm_reference(x, weight, eps).to(out_dtype)
