@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.curriculum.growth import adopt, grow, new_stack
+from stackwise.curriculum.growth import adopt, grow
+from stackwise.curriculum.layout import new_stack
 from stackwise.curriculum.split import apply_training
 from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack

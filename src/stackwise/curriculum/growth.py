@@ -1,11 +1,4 @@
-"""Growth operators: from a rack to a larger one, on descriptions; weights are then loaded by name.
-
-append, prepend   one more stack next to the head, or next to the embedding.
-duplicate         the sequence of stacks repeated (G_stack: Du et al. 2024, arXiv 2405.15319), or any map from new
-                  blocks to old ones: inserting copies of the middle stack (MIDAS: Saunshi et al. 2024, arXiv
-                  2409.19044), or a stacking list of one's own.
-
-A new stack starts by `init`:
+"""From a rack to a larger one: modules are taken over, new ones start by `init`.
 
 copy    the block it is made after: its neighbour's for append and prepend, the map's for duplicate.
 zero    the same with its output projections at zero: under pre-norm the stack is the identity and the logits do not
@@ -15,24 +8,16 @@ random  the start of `model.init`, keyed by the stack's name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from stackwise.curriculum.stage import INITS, OPS, Growth
+from stackwise.curriculum.layout import Copies, lay_out
+from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Block, Stack
 from stackwise.model.init import Start, init_weights
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
-
-Copies = dict[str, str]
-"""Name prefix of a new block -> that of the block it is made after: {'stacks.s1.blocks.0.': 'stacks.s0.blocks.0.'}."""
-
-
-def grow_spec(spec: RackSpec, growth: Growth) -> RackSpec:
-    """The description of the grown rack. What cannot grow so is a ValueError."""
-    return _lay_out(spec, growth)[0]
+from stackwise.model.spec import BlockSpec, RackSpec
 
 
 def grow(rack: Rack, growth: Growth, seed: int) -> tuple[Rack, Copies]:
@@ -40,7 +25,7 @@ def grow(rack: Rack, growth: Growth, seed: int) -> tuple[Rack, Copies]:
 
     The second is empty where `init` is not copy. What cannot grow so is a ValueError.
     """
-    spec, sources = _lay_out(rack.spec, growth)
+    spec, sources = lay_out(rack.spec, growth)
     if growth.init == "random":
         return adopt(rack, spec, seed), {}
     for new, old in sources.items():
@@ -61,16 +46,6 @@ def grow(rack: Rack, growth: Growth, seed: int) -> tuple[Rack, Copies]:
             if stack.uid not in held:
                 zero_outputs(stack)
     return grown, sources if growth.init == "copy" else {}
-
-
-def new_stack(known: Iterable[StackSpec], blocks: tuple[BlockSpec, ...]) -> StackSpec:
-    """A description with an identity that none of the known stacks has or had."""
-    known = list(known)
-    index = max((stack.build_index for stack in known), default=-1) + 1
-    number, taken = index, {stack.uid for stack in known}
-    while f"s{number}" in taken:  # stacks of one's own may be numbered otherwise
-        number += 1
-    return StackSpec(f"s{number}", blocks, index)
 
 
 def adopt(rack: Rack, spec: RackSpec, seed: int, own: dict[str, Stack] | None = None) -> Rack:
@@ -112,66 +87,6 @@ def zero_outputs(stack: Stack) -> None:
         for projection in block.output_projections():
             for parameter in projection.parameters():
                 parameter.zero_()
-
-
-def _lay_out(spec: RackSpec, growth: Growth) -> tuple[RackSpec, Copies]:
-    if growth.op not in OPS:
-        raise ValueError(f"growth must be one of {', '.join(OPS)}, got {growth.op!r}")
-    if growth.init not in INITS:
-        raise ValueError(f"new_stack_init must be one of {', '.join(INITS)}, got {growth.init!r}")
-    return _duplicated(spec, growth) if growth.op == "duplicate" else _extended(spec, growth)
-
-
-def _extended(spec: RackSpec, growth: Growth) -> tuple[RackSpec, Copies]:
-    """One more stack at an end, made after its neighbour, the nearest trained one."""
-    left = growth.op == "prepend"
-    neighbour = spec.stacks[0 if left else -1]
-    if growth.n_blocks < 1 and not growth.blocks:
-        raise ValueError(f"n_blocks must be at least 1, got {growth.n_blocks}")
-    size = len(neighbour.blocks)
-    blocks = growth.blocks or tuple(neighbour.blocks[i % size] for i in range(growth.n_blocks))
-    new = new_stack(spec.stacks, blocks)
-    grown = spec.with_stacks([new, *spec.stacks] if left else [*spec.stacks, new])
-    return grown, {_prefix(new.uid, i): _prefix(neighbour.uid, i % size) for i in range(len(blocks))}
-
-
-def _duplicated(spec: RackSpec, growth: Growth) -> tuple[RackSpec, Copies]:
-    """Stacks of blocks as the map lists them. A stack that reappears whole keeps its place in the first copy."""
-    blocks = [(stack.uid, i, block) for stack in spec.stacks for i, block in enumerate(stack.blocks)]
-    layers = growth.layers if growth.layers is not None else tuple(range(len(blocks))) * growth.factor
-    if wrong := sorted({i for i in layers if not 0 <= i < len(blocks)}):
-        raise ValueError(f"the map names the blocks {wrong}, but the rack has blocks 0 to {len(blocks) - 1}")
-    runs: dict[int, tuple[StackSpec, tuple[int, ...]]] = {}
-    at = 0
-    for stack in spec.stacks:
-        runs[at] = (stack, tuple(range(at, at + len(stack.blocks))))
-        at += len(stack.blocks)
-    kept: set[str] = set()
-    places: list[StackSpec | tuple[int, ...]] = []  # a stack that stays, or the old blocks of a new one
-    at = 0
-    while at < len(layers):
-        held, run = runs.get(layers[at], (None, ()))
-        if held is not None and layers[at : at + len(run)] == run:
-            places.append(run if held.uid in kept else held)
-            kept.add(held.uid)
-        else:
-            run = layers[at : at + (growth.n_blocks or len(spec.stacks[0].blocks))]
-            places.append(run)
-        at += len(run)
-    stacks: list[StackSpec] = []
-    sources: Copies = {}
-    for place in places:
-        if isinstance(place, StackSpec):
-            stacks.append(place)
-            continue
-        new = new_stack([*spec.stacks, *stacks], tuple(blocks[i][2] for i in place))
-        sources.update({_prefix(new.uid, j): _prefix(*blocks[i][:2]) for j, i in enumerate(place)})
-        stacks.append(new)
-    return spec.with_stacks(stacks), sources
-
-
-def _prefix(uid: str, block: int) -> str:
-    return f"stacks.{uid}.blocks.{block}."
 
 
 def _block(spec: RackSpec, prefix: str) -> BlockSpec:

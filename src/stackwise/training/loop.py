@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from stackwise.config.root import StackWiseConfig
-from stackwise.curriculum.growth import Copies, grow
+from stackwise.curriculum.growth import grow
+from stackwise.curriculum.layout import Copies
 from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
 from stackwise.curriculum.stage import Stage
 from stackwise.model.flops import step_flops

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.curriculum.growth import Copies
+from stackwise.curriculum.layout import Copies
 from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.training.muon import Muon
