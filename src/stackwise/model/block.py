@@ -87,7 +87,7 @@ class Block(PlainNames):
 class Stack(PlainNames):
     """Blocks in forward order. `uid` and `build_index` never change; `stack_id` is the position in its rack.
 
-    `weight_format`, `compute_dtype` and `adapters` say what its layers are now; see `StackSpec`.
+    `weight_format` and `adapters` say what its layers are now, the other attributes are as in `StackSpec`.
     """
 
     def __init__(
@@ -98,12 +98,13 @@ class Stack(PlainNames):
         *,
         uid: str | None = None,
         build_index: int | None = None,
-        weight_format: str = "fp32",
-        compute_dtype: str | None = None,
-        adapters: tuple[AdapterSpec, ...] = (),
     ) -> None:
         super().__init__()
-        self.weight_format, self.compute_dtype, self.adapters = weight_format, compute_dtype, adapters
+        self.weight_format = "fp32"
+        self.adapters: tuple[AdapterSpec, ...] = ()
+        self.compute_dtype: str | None = None
+        self.frozen_format: str | None = None
+        self.trained = self.adapters_only = False
         self.blocks = nn.ModuleList(blocks)
         if not len(self.blocks):
             raise ValueError("a stack needs at least one block")
@@ -117,9 +118,14 @@ class Stack(PlainNames):
     def from_spec(cls, spec: StackSpec, stack_id: int) -> Stack:
         """The plain fp32 modules of a description; `curriculum.assemble` adds its format and adapters."""
         blocks = [Block(block) for block in spec.blocks]
-        return cls(
-            blocks, stack_id, uid=spec.uid, build_index=spec.build_index, compute_dtype=spec.compute_dtype
-        )
+        stack = cls(blocks, stack_id, uid=spec.uid, build_index=spec.build_index)
+        stack.take_notes(spec)
+        return stack
+
+    def take_notes(self, spec: StackSpec) -> None:
+        """Take over what a description says about the stack and its modules do not show."""
+        self.compute_dtype, self.frozen_format = spec.compute_dtype, spec.frozen_format
+        self.trained, self.adapters_only = spec.trained, spec.adapters_only
 
     @property
     def spec(self) -> StackSpec:
@@ -131,6 +137,9 @@ class Stack(PlainNames):
             self.weight_format,
             self.compute_dtype,
             self.adapters,
+            self.frozen_format,
+            self.trained,
+            self.adapters_only,
         )
 
     @property

@@ -142,7 +142,9 @@ class StackSpec:
     """Blocks in forward order under an identity that never changes.
 
     `weight_format`: how the matrices are stored (fp32 while the stack trains, see `stackwise.precision.formats`).
-    `compute_dtype` null is the run's. `adapters` are the sets attached to the stack, in the order of their making.
+    `adapters` are the sets attached to the stack, in the order of their making. `compute_dtype` and `frozen_format`
+    (how to store it once it freezes) null are the run's. `trained`: its weights have learned something, themselves or
+    as those they were copied from. `adapters_only`: its matrices never train, the set `stack` does in their place.
     """
 
     uid: str
@@ -151,6 +153,9 @@ class StackSpec:
     weight_format: str = "fp32"
     compute_dtype: str | None = None
     adapters: tuple[AdapterSpec, ...] = ()
+    frozen_format: str | None = None
+    trained: bool = False
+    adapters_only: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StackSpec:
