@@ -65,6 +65,8 @@ def uncovered(rack: Rack) -> str | None:
             return f"{name} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the rack'} has a forward hook"
+        if getattr(module, "rounding", None) is not None:
+            return f"{name} rounds its matrix"
     if not all(block.pre for block in rack.blocks()):
         return "a block normalises after its sub-layers"
     if rack.runner not in (run_block, recompute_block):

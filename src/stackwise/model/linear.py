@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from stackwise.kernels.linear import linear
@@ -10,5 +12,9 @@ from stackwise.kernels.linear import linear
 class Linear(nn.Linear):
     """`torch.nn.Linear` whose product takes the fastest route (see `kernels.product`)."""
 
+    rounding: Callable[[Tensor], Tensor] | None = None
+    """What the matrix goes through before each product; see `precision.fake_quant`."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
+        return linear(x, weight, self.bias)
