@@ -91,6 +91,20 @@ def test_equal_parts_share_one_object(store):
     assert commit.bytes_written == commit.bytes_total == commit.parts["stack:a"].bytes
 
 
+def test_a_carried_part_is_listed_again_without_being_written(store, make_state):
+    first = store.commit({"stack:s0/weights": {"w": torch.ones(64)}}, {}, step=1)
+    carried = {"stack:s0/full": (first, "stack:s0/weights")}
+    second = store.commit({"stack:s0/weights": {"w": torch.zeros(2)}}, {}, step=2, carried=carried)
+    store.prune(1)
+    assert second.bytes_written < 300
+    assert torch.equal(store.load(second, "stack:s0/full")["w"], torch.ones(64))
+    with pytest.raises(ValueError, match="both given and carried"):
+        store.commit({"a": {"w": torch.ones(1)}}, {}, step=3, carried={"a": (second, "stack:s0/full")})
+    object_path(store, second, "stack:s0/full").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        store.commit({}, {}, step=3, carried={"x": (second, "stack:s0/full")})
+
+
 def test_equal_histories_give_equal_bytes(tmp_path, make_state):
     stores = [Store(tmp_path / name) for name in "ab"]
     for store in stores:

@@ -158,19 +158,26 @@ class Store:
         step: int,
         pin: str | None = None,
         parent: Commit | None = None,
+        carried: Mapping[str, tuple[Commit, str]] | None = None,
     ) -> Commit:
         """Store one whole state and return once it is durable.
 
         `parts` maps names such as `stack:s0/weights` to named tensors; a tensor that two parts share (tied
         weights) is given once. `meta` is JSON: texts, finite numbers, booleans, null, lists, and
         dicts with text keys. `pin` keeps the commit from being pruned until a newer one has the same pin.
-        `parent` is the commit this state continues, by default the newest.
+        `parent` is the commit this state continues, by default the newest. `carried` maps further names to (commit, part)
+        of earlier ones, which are listed again without being read or written.
 
         Raises ValueError for arguments that cannot be stored, LockError, SpaceError, and CheckpointError
         when writing fails. After an error the store holds the commits it held before, and the new one only
         if everything but the last sync was done (a power loss may then still take it).
         """
         self._check_arguments(parts, meta, step, pin)
+        carried = carried or {}
+        for name in carried:
+            check_name(name, "part")
+            if name in parts:
+                raise ValueError(f"part {name!r} is both given and carried")
         with self._writing():
             existing = self.commits()
             if parent is None and existing:
@@ -179,6 +186,9 @@ class Store:
             fresh: list[Path] = []
             try:
                 entries, repaired, written = {}, [], 0
+                for name, (commit, part) in carried.items():
+                    self._checked(commit, commit.parts[part], self._objects.check_size)
+                    entries[name] = dataclasses.replace(commit.parts[part], name=name)
                 for name in sorted(parts):
                     encoded = encode(parts[name])
                     state = self._objects.put(encoded, fresh)
