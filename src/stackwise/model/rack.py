@@ -15,7 +15,7 @@ from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
 from stackwise.model.modes import autocast_to
-from stackwise.model.names import PlainNames
+from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
 from stackwise.model.visibility import Visibility
@@ -143,10 +143,11 @@ class Rack(PlainNames):
         return [*units, ("norm", [self.norm]), ("head", [self.head])]
 
     def part_of(self, name: str) -> str:
-        """The part a parameter belongs to: embedding, stack:<uid>, tail, norm or head."""
+        """The part a tensor belongs to: embedding, stack:<uid>, stack:<uid>/lora.<set>, tail, norm or head."""
         first, _, rest = name.partition(".")
         if first == "stacks":
-            return f"stack:{rest.partition('.')[0]}"
+            part, adapter_set = f"stack:{rest.partition('.')[0]}", adapter_set_of(name)
+            return f"{part}/lora.{adapter_set}" if adapter_set else part
         return "embedding" if first == "positions" else first
 
     def parts(self) -> dict[str, dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
-from stackwise.precision.settings import HINTS, PrecisionFields
+from stackwise.precision.settings import HINTS, PrecisionKeys
 
 
 class Mode(NamedTuple):
@@ -66,7 +66,7 @@ def mode_compute_dtype(mode: str | None) -> str | None:
 
 
 def frozen_format(
-    keys: PrecisionFields, mode: str | None, run_dtype: str = "float32", device: str = "cpu"
+    keys: PrecisionKeys, mode: str | None, run_dtype: str = "float32", device: str = "cpu"
 ) -> str:
     """`StackSpec.weight_format` of a stack in a mode once it is frozen, in a run on a kind of device.
 

@@ -22,10 +22,6 @@ def _hinted(value: Any) -> Any:
 
 
 class PrecisionKeys(Settings):
-    """Keys of `training.progressive` that this room reads."""
-
-
-class PrecisionFields(Settings):
     """The precision of stacks while they train and once they are frozen."""
 
     trunk_precision: Annotated[WeightFormat, BeforeValidator(_hinted)] | None = None

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.root import StackWiseConfig
+from stackwise.precision.modes import check_compute, frozen_format, mode_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +64,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             ]
         )
     return DTYPES[name]
+
+
+def run_format(config: StackWiseConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """How stacks of a run are stored once they freeze. A precision that the device cannot compute in: ConfigError."""
+    keys = config.training.progressive
+    if keys.new_stack_precision is not None:
+        check_compute(mode_of(keys.new_stack_precision), device.type)
+    return frozen_format(keys, keys.new_stack_precision, str(dtype).removeprefix("torch."), device.type)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,17 +21,17 @@ import torch
 from torch import Tensor
 
 from stackwise.config.root import StackWiseConfig
-from stackwise.curriculum.growth import grow
-from stackwise.curriculum.layout import Copies
+from stackwise.curriculum.assemble import realise, stage_spec
 from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
 from stackwise.curriculum.stage import Stage
 from stackwise.model.flops import step_flops
 from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.objectives.causal import CausalLM, Example
+from stackwise.precision.fake_quant import fake_quantise
 from stackwise.training import records
 from stackwise.training.counting import SavedBytes, gradient_bytes, parameter_bytes
-from stackwise.training.device import computing_in
+from stackwise.training.device import computing_in, run_format
 from stackwise.training.errors import Interrupted, NumericError
 from stackwise.training.interrupt import InterruptGuard
 from stackwise.training.optim import Optimizers, carried
@@ -83,6 +84,7 @@ class Engine:
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
         self.objective = CausalLM()
+        self.frozen_format = run_format(config, dtype, device)
         self.optimizers: Optimizers | None = None
         self.split: Split | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -119,14 +121,13 @@ class Engine:
         return self.progress.history
 
     def _begin(self, stage: Stage) -> None:
-        """Grow, freeze, and build the optimizer of a stage."""
+        """Grow, store what froze, attach adapters, freeze, and build the optimizer of a stage."""
         p, before = self.progress, {} if self.optimizers is None else self.optimizers.state()
-        copies: Copies = {}
         uids = {s.uid for s in self.rack.spec.stacks}
-        if stage.grow is not None:
-            if p.eval_loss is not None:
-                self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
-            self.rack, copies = grow(self.rack, stage.grow, self.config.training.seed)
+        if stage.grow is not None and p.eval_loss is not None:
+            self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
+        spec = stage_spec(self.config, self.rack.spec, stage, self.frozen_format)
+        self.rack, copies = realise(self.rack, stage, spec, seed=self.config.training.seed)
         p.start_stage()
         self._set_up(stage)
         assert self.optimizers is not None
@@ -140,9 +141,13 @@ class Engine:
         """What trains, in which split, compiled or recomputed as the config says."""
         training = self.config.training
         self.units = trained_units(self.rack.spec, stage)
-        self.split = apply_training(self.rack, self.units)
-        assert self.split == split_of(self.rack)
+        self.split = apply_training(self.rack, self.units, stage.alone)
+        assert self.split == split_of(self.rack, stage.alone)
         self.optimizers = Optimizers(self.rack, stage, training)
+        if training.progressive.fake_quant:
+            for stack in self.rack.stacks:
+                format = stack.frozen_format or self.frozen_format
+                fake_quantise(stack, format if f"stack:{stack.uid}" in self.units else None)
         self.rack.runner = recompute_block if training.gradient_checkpointing else run_block
         if training.compile:
             for block in self.rack.blocks():
@@ -228,13 +233,14 @@ class Engine:
 
     def _forward(self, example: Example) -> Tensor:
         assert self.split is not None
-        hidden = self.rack.forward_features(
-            example.input_ids,
-            example.attention_mask,
-            position_ids=example.position_ids,
-            document_ids=example.document_ids,
-            prefix=self.split.prefix,
+        rack, split = self.rack, self.split
+        context = rack.make_context(
+            example.input_ids, example.attention_mask, example.position_ids, example.document_ids
         )
+        with torch.no_grad() if split.prefix else nullcontext():
+            x_BTD = rack.embed(example.input_ids, context)
+            x_BTD = rack.run(x_BTD, context, 0, split.prefix_blocks)
+        hidden = rack.norm(rack.run(x_BTD, context, split.start, split.stop))
         return self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
 
     def _apply(self, optimizers: Optimizers) -> None:

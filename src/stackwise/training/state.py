@@ -13,6 +13,7 @@ from torch import Tensor
 from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
+from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
@@ -62,7 +63,7 @@ def read_meta(store: Store, commit: Commit) -> dict[str, Any]:
 
 def load_rack(store: Store, commit: Commit, meta: dict[str, Any]) -> Rack:
     """The rack of a commit, rebuilt from its description and loaded by name."""
-    rack = Rack(RackSpec.from_dict(meta["rack"]))
+    rack = build_rack(RackSpec.from_dict(meta["rack"]))
     tensors: dict[str, Tensor] = {}
     for part in rack.parts():
         tensors.update(store.load(commit, f"{part}/weights"))
