@@ -30,13 +30,13 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Holds `x` in the dtype of the product, and the weight itself: under autocast it is converted again when the
-    gradient needs it, which takes little time, where keeping the copies would take half the memory of the model.
+    """Holds `x` in the dtype of the product, and the weight itself: where that has another dtype it is converted again
+    when the gradient needs it, which takes little time, where keeping the copies would take half the memory of the model.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
+        ctx.dtype, ctx.bias_dtype = dtype, weight.dtype if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         bias = bias if bias is None else bias.to(dtype)
@@ -54,15 +54,21 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             grad_weight = weight_gradient(rows, x.reshape(-1, x.shape[-1])).to(weight.dtype)
         if needs_bias:
-            grad_bias = rows.sum(0, dtype=weight.dtype)
+            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] or null -> [..., O]."""
+    """x [..., I], weight [O, I], bias [O] or null -> [..., O], in autocast's dtype or else x's.
+
+    The weight may have another dtype, as one kept in bf16 has where everything else is fp32.
+    """
     columns, inner = weight_OI.shape
     dtype = compute_dtype(x)
+    other = weight_OI.dtype != dtype
     faster = dtype == torch.bfloat16 or prefers_onednn(x.numel() // inner, inner, columns, x, weight_OI)
-    if faster and device_kind(x) == "cpu" and not torch.compiler.is_compiling():
+    if (faster or other) and device_kind(x) == "cpu" and not torch.compiler.is_compiling():
         return _Linear.apply(x, weight_OI, bias_O, dtype)
+    if other and not torch.is_autocast_enabled(x.device.type):
+        weight_OI, bias_O = weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
     return F.linear(x, weight_OI, bias_O)
