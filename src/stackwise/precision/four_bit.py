@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -18,6 +17,41 @@ PIECE = 2**22
 """Weights unpacked at a time: what lies between codes and values never takes more than some 50 MB."""
 
 
+class Table:
+    """Constants, copied to each device once."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._on = {values.device: values}
+        self._first = values
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = self._first.to(device)
+        return self._on[device]
+
+
+def pair_table(values: tuple[float, ...], high_first: bool) -> Table:
+    """For each byte its two fp32 values, kept as one 64-bit number so that one look-up finds both."""
+    each = torch.tensor(values, dtype=torch.float32)
+    upper, lower = each.repeat_interleave(16), each.repeat(16)
+    pairs = torch.stack([upper, lower] if high_first else [lower, upper], dim=1)
+    return Table(pairs.view(torch.int64).view(-1))
+
+
+def dynamic_tree() -> Table:
+    """The 256 values of the signed dynamic tree type, rising.
+
+    For each power of ten from 1e-6 to 1 the centres of 1, 2, 4 ... 64 equal parts of [0.1, 1] times it, with both
+    signs; 0; and 1.
+    """
+    sizes = [
+        10.0 ** (exponent - 6) * (0.1 + 0.9 * (i + 0.5) / 2**exponent)
+        for exponent in range(7)
+        for i in range(2**exponent)
+    ]
+    return Table(torch.tensor(sorted([0.0, 1.0, *sizes, *(-size for size in sizes)]), dtype=torch.float32))
+
+
 class Blocks(Format):
     """Sixteen values, by which the numbers of each block are approximated after division by the block's scale.
 
@@ -29,6 +63,9 @@ class Blocks(Format):
     """What each code stands for."""
     high_first: bool
     """Whether the first of two numbers takes the upper half of their byte."""
+
+    def __init__(self) -> None:
+        self.pairs = pair_table(self.values, self.high_first)
 
     def layout(self, shape: Sequence[int]) -> Layout:
         n = prod(shape)
@@ -50,7 +87,7 @@ class Blocks(Format):
     ) -> Tensor:
         """The formula: value of the code times scale of the block, by one look-up for both numbers of a byte."""
         n, block = prod(shape), self.block
-        table = pair_table(self.values, self.high_first, codes.device)
+        table = self.pairs.on(codes.device)
 
         def piece(start: int, stop: int) -> Tensor:
             pairs = torch.take(table, codes[start // 2 : -(-stop // 2)].long()).view(torch.float32)
@@ -76,17 +113,8 @@ class Blocks(Format):
 
     def pack_codes(self, codes: Tensor, n: int) -> Tensor:
         """The codes of the first n numbers, two per byte."""
-        first, second = codes.reshape(-1)[: n + n % 2].to(torch.uint8).view(-1, 2).unbind(1)
+        first, second = codes.reshape(-1)[: n + n % 2].view(-1, 2).unbind(1)
         return (first << 4 | second) if self.high_first else (second << 4 | first)
-
-
-@lru_cache(maxsize=8)
-def pair_table(values: tuple[float, ...], high_first: bool, device: torch.device) -> Tensor:
-    """For each byte its two fp32 values, kept as one 64-bit number so that one look-up finds both."""
-    each = torch.tensor(values, dtype=torch.float32, device=device)
-    upper, lower = each.repeat_interleave(16), each.repeat(16)
-    pairs = torch.stack([upper, lower] if high_first else [lower, upper], dim=1)
-    return pairs.view(torch.int64).view(-1)
 
 
 class NVFP4(Blocks):
@@ -116,18 +144,25 @@ class NVFP4(Blocks):
         total = self.scales({"scale": scale, "tensor_scale": tensor_scale})
         # Where a block is so small beside the others that its scale rounds to zero, so do its numbers.
         scaled = blocks / torch.where(total > 0, total, torch.inf)[:, None]
-        size = torch.bucketize(scaled.abs(), _nvfp4_bounds(weight.device), out_int32=True)
-        codes = size + 8 * (scaled < 0)
+        codes = _count_above(scaled.abs(), _nvfp4_bounds()).add_(scaled < 0, alpha=8)
         return {"codes": self.pack_codes(codes, weight.numel()), "scale": scale, "tensor_scale": tensor_scale}
 
 
-@lru_cache(maxsize=4)
-def _nvfp4_bounds(device: torch.device) -> Tensor:
+def _nvfp4_bounds() -> list[float]:
     """Largest number that still rounds to each magnitude. A tie goes to the even code: below every other bound."""
     sizes = torch.tensor(NVFP4.magnitudes)
     middle = (sizes[:-1] + sizes[1:]) / 2
     middle[1::2] = torch.nextafter(middle[1::2], torch.zeros(()))
-    return middle.to(device)
+    bounds: list[float] = middle.tolist()
+    return bounds
+
+
+def _count_above(x: Tensor, bounds: list[float]) -> Tensor:
+    """For each number, how many of the bounds it is above; uint8. A dozen comparisons are faster than a search."""
+    count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for bound in bounds:
+        count += x > bound
+    return count
 
 
 class NF4(Blocks):
@@ -161,6 +196,10 @@ class NF4(Blocks):
     group = 256
     """Scales that share a scale."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree = dynamic_tree()
+
     def scale_layout(self, n_blocks: int) -> Layout:
         return {
             "scale": ((n_blocks,), torch.uint8),
@@ -171,7 +210,7 @@ class NF4(Blocks):
     def scales(self, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["scale"]
         groups = tensors["group_scale"].repeat_interleave(self.group)[: len(codes)]
-        return torch.take(_dynamic_tree(codes.device), codes.long()).mul_(groups).add_(tensors["mean_scale"])
+        return torch.take(self.tree.on(codes.device), codes.long()).mul_(groups).add_(tensors["mean_scale"])
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, scales = tensors["codes"], self.scales(tensors)
@@ -184,7 +223,7 @@ class NF4(Blocks):
         blocks = self.blocks_of(weight)
         scales = blocks.abs().amax(1)
         scaled = blocks * (1.0 / scales.clamp_min(1e-38))[:, None]
-        codes = _nearest(scaled, torch.tensor(self.values, device=weight.device))
+        codes = _count_above(scaled, _middles(torch.tensor(self.values)).tolist())
         # in fp64, so that the mean does not depend on the order of summation; not every device has it
         mean = scales.cpu().double().mean().float().to(weight.device)
         centred = F.pad(scales - mean, (0, -len(scales) % self.group)).view(-1, self.group)
@@ -192,28 +231,12 @@ class NF4(Blocks):
         share = (centred * (1.0 / group_scale.clamp_min(1e-38))[:, None]).view(-1)[: len(scales)]
         return {
             "codes": self.pack_codes(codes, weight.numel()),
-            "scale": _nearest(share, _dynamic_tree(weight.device)).to(torch.uint8),
+            "scale": torch.bucketize(share, _middles(self.tree.on(weight.device))).to(torch.uint8),
             "group_scale": group_scale,
             "mean_scale": mean,
         }
 
 
-def _nearest(x: Tensor, values: Tensor) -> Tensor:
-    """For each number the place of the nearest of the rising `values`, int32."""
-    return torch.bucketize(x, (values[:-1] + values[1:]) / 2, out_int32=True)
-
-
-@lru_cache(maxsize=4)
-def _dynamic_tree(device: torch.device) -> Tensor:
-    """The 256 values of the signed dynamic tree type, rising.
-
-    For each power of ten from 1e-6 to 1 the centres of 1, 2, 4 ... 64 equal parts of [0.1, 1] times it, with both
-    signs; 0; and 1.
-    """
-    sizes = [
-        10.0 ** (exponent - 6) * (0.1 + 0.9 * (i + 0.5) / 2**exponent)
-        for exponent in range(7)
-        for i in range(2**exponent)
-    ]
-    values = sorted([0.0, 1.0, *sizes, *(-size for size in sizes)])
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _middles(values: Tensor) -> Tensor:
+    """The bounds between which numbers are nearest to each of the rising values."""
+    return (values[:-1] + values[1:]) / 2

@@ -29,7 +29,10 @@ class Plain(Format):
         return {"codes": codes}
 
     def unpack(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return tensors["codes"].to(dtype)
+        codes = tensors["codes"]
+        if codes.dtype != dtype:
+            codes = codes.to(torch.float32)  # a CPU turns fp16 into bf16 directly at a fifth of the speed
+        return codes.to(dtype)
 
 
 class FP8(Format):
