@@ -137,6 +137,7 @@ PROOFS: dict[str, Proof] = {
 PROVEN_ELSEWHERE = {
     "training.on_nonfinite": "tests/invariants/test_runs.py::test_nonfinite_steps_can_be_skipped_and_are_counted",
     "training.gradient_checkpointing": "tests/invariants/test_runs.py::test_gradient_checkpointing_changes_nothing_but_memory",
+    "checkpoint.full_precision_backup": "tests/invariants/test_formats.py::test_without_the_backup_only_the_rounded_weights_are_there",
     "base": "tests/config/test_inheritance.py::test_defaults_then_parents_in_order_then_file_then_overrides",
     "data.source": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
     "data.path": "tests/data/test_sources.py::test_text_files_are_read_byte_for_byte_in_the_order_of_their_names",

@@ -15,5 +15,7 @@ class CheckpointSettings(Settings):
     """Resume points to keep, besides the stage ends."""
     resume: PathText = "auto"
     """auto goes on with the run of this `run_id` where its stored configuration agrees; never starts only in an empty folder; a path resumes that run folder."""
+    full_precision_backup: Flag = True
+    """Keep the fp32 weights of a stack in the checkpoint when it is stored in another format."""
     overwrite: Flag = False
     """Start afresh in a run folder that is not empty, deleting what it holds."""

@@ -15,6 +15,7 @@ from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
+from stackwise.curriculum.assemble import build_rack, first_spec, stage_specs
 from stackwise.curriculum.curricula import stages as stages_of_config
 from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.data.corpus import Corpus
@@ -22,7 +23,6 @@ from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.tokenizers import Tokenizer
-from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 from stackwise.tracking.console import ConsoleProgress
 from stackwise.tracking.environment import peak_rss_bytes
@@ -74,9 +74,8 @@ def train(
         corpus.tokenizer.save(folder.tokenizer)
         hooks = _hooks(resolved, corpus, folder, store, metrics, tracker, device, dtype)
         if commit is None:
-            spec = rack_spec(resolved, 1 if resolved.training.progressive.enabled else None)
-            rack = Rack(spec, seed=resolved.training.seed)
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
+            rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
             engine = Engine(resolved, rack, stages, loader, device=device, dtype=dtype, hooks=hooks)
         else:
             engine = _restore(resolved, loader, store, commit, metrics, hooks, device, dtype)
@@ -202,7 +201,11 @@ def _hooks(
         started = time.perf_counter()
         extra = {"metrics_bytes": metrics.size(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
         commit = store.commit(
-            state.parts_of(engine), state.meta_of(engine, extra), step=engine.progress.step, pin=pin
+            state.parts_of(engine),
+            state.meta_of(engine, extra),
+            step=engine.progress.step,
+            pin=pin,
+            carried=state.full_precision_parts(engine, store.latest()),
         )
         store.prune(config.checkpoint.keep_last)
         return {
@@ -245,14 +248,12 @@ def _announce(
     commit: Commit | None,
 ) -> None:
     config, training = engine.config, engine.config.training
-    final = rack_spec(config)
-    with torch.device("meta"):
-        finished = Rack(final)
+    specs = stage_specs(config, engine.stages, first_spec(config, engine.stages), engine.frozen_format)
     rows = []
-    for stage in engine.stages:
+    for stage, spec in zip(engine.stages, specs, strict=True):
         with torch.device("meta"):
-            rack = Rack(rack_spec(config, stage.n_stacks))
-        apply_training(rack, trained_units(rack.spec, stage))
+            rack = build_rack(spec)
+        apply_training(rack, trained_units(spec, stage), stage.alone)
         rows.append(
             {
                 "name": stage.name,
@@ -271,9 +272,9 @@ def _announce(
             "total_steps": sum(stage.steps for stage in engine.stages),
             "device": str(engine.device),
             "dtype": str(engine.dtype).removeprefix("torch."),
-            "n_params": finished.get_parameter_count(),
+            "n_params": rows[-1]["params"],
             "start_step": engine.progress.step,
-            "vocab_size": final.vocab_size,
+            "vocab_size": engine.rack.spec.vocab_size,
             "seq_len": training.seq_len,
             "batch_tokens": training.batch_size * training.seq_len * training.gradient_accumulation_steps,
         }

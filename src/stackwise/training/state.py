@@ -50,6 +50,28 @@ def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def full_precision_parts(engine: Engine, parent: Commit | None) -> dict[str, tuple[Commit, str]]:
+    """Parts of earlier commits that keep the fp32 weights of stacks which are stored in another format by now.
+
+    A stack is converted at the beginning of a stage, and the end of the last one was saved: `parent` has it.
+    """
+    listed: dict[str, tuple[Commit, str]] = {}
+    if parent is None or not engine.config.checkpoint.full_precision_backup:
+        return listed
+    for stack in engine.rack.spec.stacks:
+        if stack.weight_format != "fp32":
+            kept = full_precision_part(stack.uid)
+            weights = f"stack:{stack.uid}/weights"
+            source = kept if kept in parent.parts else weights
+            if source == kept or not any(t.name.endswith(".codes") for t in parent.parts[weights].tensors):
+                listed[kept] = (parent, source)
+    return listed
+
+
+def full_precision_part(uid: str) -> str:
+    return f"stack:{uid}/full_precision"
+
+
 def read_meta(store: Store, commit: Commit) -> dict[str, Any]:
     """The commit's run state; another format is a CheckpointError."""
     meta = store.meta(commit)

@@ -13,6 +13,7 @@ from stackwise.config.errors import show
 from stackwise.config.root import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.model.rack import Rack
+from stackwise.precision.convert import restore_full_precision
 from stackwise.tracking.folder import RunFolder, RunFolderError
 from stackwise.training import state
 from stackwise.training.errors import IncompatibleResumeError
@@ -32,6 +33,24 @@ class OpenRun:
     tokenizer: Tokenizer
     commit: Commit
     meta: dict[str, Any]
+
+    def restore_full_precision(self, uid: str) -> None:
+        """Put back the fp32 weights that a stack had before it was stored in another format.
+
+        Stacks trained after that have learned from the rounded outputs. An unknown stack is a ValueError, one whose
+        weights were not kept (`checkpoint.full_precision_backup`) a CheckpointError.
+        """
+        known = [stack.uid for stack in self.rack.stacks]
+        if uid not in known:
+            raise ValueError(f"no stack is called {uid!r}; known: {', '.join(known)}")
+        stack = self.rack.stacks[known.index(uid)]
+        if stack.weight_format == "fp32":
+            return
+        tensors = Store(self.folder.store).load(self.commit, state.full_precision_part(uid))
+        prefix = f"stacks.{uid}."
+        restore_full_precision(stack, {name.removeprefix(prefix): t for name, t in tensors.items()})
+        stacks = [s.spec for s in self.rack.stacks]
+        self.rack.spec = self.rack.spec.with_stacks(stacks)
 
 
 def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
