@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["environment", "memory_bytes", "peak_rss_bytes", "rss_bytes"]
 
 _PACKAGES = (
     "stackwise",
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "threads": {
             name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
         },
@@ -98,7 +98,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """Bytes of memory of the machine, or the smaller limit of the container; null if unknown."""
     limits = []
     with contextlib.suppress(ValueError, OSError, AttributeError):  # names that some systems do not know
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
