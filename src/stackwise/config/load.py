@@ -84,6 +84,8 @@ def _override(document: Document, text: str, cls: type[BaseModel]) -> None:
     found, field = field_at(cls, path)
     if field is None or (found != path and not accepts(field) & {"list", "map"}):
         raise ConfigError(Problem(key, "unknown key", hint=nearest_key(cls, path), file=COMMAND_LINE))
+    if "list" not in accepts(field):  # inside a map a number is a key like any other
+        path = (*found, *(str(part) for part in path[len(found) :]))
     value = _override_value(key, value_text, accepts(field) if found == path else set())
     position = next((i for i, part in enumerate(path) if isinstance(part, int)), None)
     if position is not None:

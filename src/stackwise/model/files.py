@@ -26,8 +26,8 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, 
     return path
 
 
-def load_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file of `save_tensors`. Missing: FileNotFoundError; damaged, or of another kind: ValueError."""
+def load_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of a file. Missing: FileNotFoundError; damaged, or of another kind than asked: ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -37,6 +37,6 @@ def load_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    if facts.get("kind") != kind:
+    if kind is not None and facts.get("kind") != kind:
         raise ValueError(f"{path} holds {facts.get('kind', 'no stackwise weights')!r}, not a {kind}")
     return tensors, facts

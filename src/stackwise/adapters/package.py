@@ -1,0 +1,27 @@
+"""The one place that imports PEFT: late, for it takes seconds, and quietly."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stackwise.adapters.layer import AdaptedLinear
+
+
+@lru_cache(maxsize=1)
+def adapted_linear() -> type[AdaptedLinear]:
+    """The layer class. Without the package: ImportError naming the extra to install."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # packages that PEFT loads speak of kernels they could use elsewhere
+    try:
+        from stackwise.adapters.layer import AdaptedLinear
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"adapters need the package peft, and {error.name} is not installed; "
+            'pip install "stackwise[adapters]"'
+        ) from error
+    finally:
+        logging.disable(before)
+    return AdaptedLinear
