@@ -39,7 +39,7 @@ def pair(name: str, n_in: int = 48, n_out: int = 40, bias: bool = True) -> tuple
     rows=st.sampled_from([(), (1,), (3, 5), (0,)]),
     bias=st.booleans(),
 )
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 def test_value_and_gradients_are_those_of_the_dense_layer(
     name: str, dtype: torch.dtype, n_in: int, n_out: int, rows: tuple[int, ...], bias: bool
 ) -> None:
