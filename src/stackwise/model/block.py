@@ -33,6 +33,9 @@ class Block(PlainNames):
     arguments TypeErrors with the nearest spelling.
     """
 
+    parked: object | None = None
+    """How its tensors are kept off the compute device (`trunk.parking`); null: they are on it."""
+
     def __init__(self, spec: BlockSpec | None = None, **options: Any) -> None:
         super().__init__()
         if spec is not None and options:
