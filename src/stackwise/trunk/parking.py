@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in tensors}
     except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
             f"cannot keep {size:,} bytes of frozen weights in {file}: {error}; make room, choose another "
