@@ -27,12 +27,13 @@ _HOMES = {
     "stackwise.model.settings": ["ArchitectureConfig"],
     "stackwise.planning.plan": ["plan"],
     "stackwise.training.run": ["train"],
-    "stackwise.training.trainers": ["ProgressiveTrainer"],
+    "stackwise.training.trainers": ["ArchitectureTrainer", "ProgressiveTrainer"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArchitectureConfig",
+    "ArchitectureTrainer",
     "Block",
     "ConfigError",
     "ProgressiveDataLoader",
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     from stackwise.planning.plan import plan
     from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train
-    from stackwise.training.trainers import ProgressiveTrainer
+    from stackwise.training.trainers import ArchitectureTrainer, ProgressiveTrainer
 
 
 def __getattr__(name: str) -> Any:

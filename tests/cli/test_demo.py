@@ -8,7 +8,8 @@ import re
 import pytest
 
 from stackwise.cli.demo import Outcome, control
-from stackwise.curriculum.curricula import flops_per_token, stages
+from stackwise.curriculum.costs import stage_flops
+from stackwise.curriculum.curricula import stages
 from stackwise.model.describe import rack_spec
 from stackwise.training import run as training_run
 from stackwise.training.errors import Interrupted
@@ -82,9 +83,8 @@ def test_the_controls_are_the_final_model_and_the_first_one(cli, folder):
     assert len(rack_spec(shallow).blocks) == 2
     assert not rack_spec(deep).tied
     for config in (deep, shallow):
-        (stage,) = stages(config)
-        cost = flops_per_token(config, stage) * 32
-        assert abs(stage.steps * cost - 1e9) <= cost / 2
+        (stage,), (cost,) = stages(config), stage_flops(config, stages(config))
+        assert abs(cost - 1e9) <= cost / stage.steps / 2
 
 
 def test_a_finished_demo_is_made_anew_and_an_interrupted_one_continued(cli, folder, monkeypatch):

@@ -139,6 +139,8 @@ TAKEN = {
         "source",
         "path",
     ),
+    # Lists of sections whose rules join many keys; tests/curriculum has them.
+    *("stacks", "stages", "train_stacks", "growth_factor", "growth_layers"),
 }
 PATTERNED = {
     "run_id": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
@@ -212,7 +214,7 @@ def section(cls: type[BaseModel], key: str = "") -> st.SearchStrategy[dict[str, 
         else:
             strategy = one_of_alternatives(field.annotation, list(field.metadata))
         (required if field.is_required() or name == "vocab_size" else parts)[name] = strategy
-        assert item_section_of(field.annotation) is None or name == "groups"
+        assert item_section_of(field.annotation) is None or name in ("groups", *TAKEN)
     joined = st.sampled_from([{}, *JOINED.get(key, [])])
     free = st.fixed_dictionaries(required, optional=parts)
     return st.tuples(free, joined).map(lambda pair: pair[0] | pair[1])

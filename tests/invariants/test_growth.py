@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from stackwise.curriculum.costs import stage_flops
 from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.growth import grow
 from stackwise.curriculum.split import apply_training, split_of, trained_units
@@ -115,11 +116,9 @@ def test_append_curriculum_lists_one_stage_per_stack_and_the_joint_phase(tiny):
 
 
 def test_joint_phase_takes_its_share_of_the_flops(tiny):
-    from stackwise.curriculum.curricula import flops_per_token
-
     config = tiny(model__vocab_size=31, training__max_steps=400)
     listed = stages(config)
-    costs = [s.steps * flops_per_token(config, s) for s in listed]
+    costs = stage_flops(config, listed)
     assert costs[-1] / sum(costs) == pytest.approx(0.25, abs=0.02)
 
 

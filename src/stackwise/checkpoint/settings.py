@@ -15,6 +15,8 @@ class CheckpointSettings(Settings):
     """Resume points to keep, besides the stage ends."""
     resume: PathText = "auto"
     """auto goes on with the run of this `run_id` where its stored configuration agrees; never starts only in an empty folder; a path resumes that run folder."""
+    init_from: PathText | None = None
+    """Run folder whose newest weights the new run starts from: every tensor of the first stage's rack that the run holds by name. null: random."""
     full_precision_backup: Flag = True
     """Keep the fp32 weights of a stack in the checkpoint when it is stored in another format."""
     overwrite: Flag = False

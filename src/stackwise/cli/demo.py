@@ -179,7 +179,8 @@ def control(grown: Outcome, name: str, *, only_first: bool) -> StackWiseConfig:
     and the head count as ordinary ones, which is what they are.
     """
     from stackwise.config.root import StackWiseConfig
-    from stackwise.curriculum.curricula import flops_per_token, stages
+    from stackwise.curriculum.costs import stage_flops
+    from stackwise.curriculum.curricula import stages
 
     base = StackWiseConfig.from_yaml(grown.folder / "config.yaml")
     settings = base.to_dict()
@@ -196,11 +197,8 @@ def control(grown: Outcome, name: str, *, only_first: bool) -> StackWiseConfig:
     )
     settings["checkpoint"].update(overwrite=True, resume="auto")
     config = StackWiseConfig.from_dict(settings)
-    (stage,) = stages(config)
-    tokens = training["batch_size"] * training["seq_len"] * training["gradient_accumulation_steps"]
-    config.training.max_steps = max(
-        1, math.floor(grown.result["flops"] / (tokens * flops_per_token(config, stage)) + 0.5)
-    )
+    (step,) = stage_flops(config, stages(config))
+    config.training.max_steps = max(1, math.floor(grown.result["flops"] / step + 0.5))
     return config
 
 

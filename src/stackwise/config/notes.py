@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stackwise.config.rules import stacks_at_the_end
+from stackwise.config.rules import appends, copies_stacks, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def notes_of(config: StackWiseConfig) -> list[str]:
     """One sentence each. A key counts as set when it was given and differs from its default."""
     inert = [
-        f"{key} has no effect: {why}"
+        f"{key} has no effect: {why if isinstance(why, str) else why(config)}"
         for key, applies, why in INERT
         if _is_set(config, key) and applies(config)
     ]
@@ -22,20 +22,29 @@ def notes_of(config: StackWiseConfig) -> list[str]:
 
 
 def grows(config: StackWiseConfig) -> bool:
-    """Whether the run adds a stack to one that has trained."""
-    return config.training.progressive.enabled and stacks_at_the_end(config) > 1
+    """Whether the run puts one stack after the other on or under trained ones."""
+    return program_of(config) in ("append", "prepend") and stacks_at_the_end(config) > 1
 
 
 def tunes_jointly(config: StackWiseConfig) -> bool:
-    """Whether the run ends with a joint phase."""
-    joint = config.training.progressive.joint_tuning
-    return grows(config) if joint == "auto" else config.training.progressive.enabled and joint
+    """Whether the run ends with a joint phase; where only some stacks train, `merge` comes first."""
+    progressive = config.training.progressive
+    if program_of(config) in ("by_hand", "end_to_end", "as_one"):
+        return False
+    if program_of(config) == "independent" and progressive.train_stacks is not None:
+        return len(progressive.train_stacks) == stacks_at_the_end(config) and progressive.joint_tuning is True
+    wanted = progressive.joint_tuning
+    return grows(config) and progressive.building_mode == "append" if wanted == "auto" else wanted
 
 
 def trains_the_trunk(config: StackWiseConfig) -> bool:
-    """Whether older stacks ever train again."""
-    return grows(config) and (
-        config.training.progressive.trunk_strategy == "trainable" or tunes_jointly(config)
+    """Whether older stacks train again at a rate of their own."""
+    progressive = config.training.progressive
+    if stacks_at_the_end(config) == 1:
+        return False
+    in_joint = progressive.joint_tuning_backbone in ("trainable", "gradual") and progressive.joint_lr is None
+    return (grows(config) and progressive.trunk_strategy == "trainable") or (
+        tunes_jointly(config) and in_joint
     )
 
 
@@ -52,31 +61,56 @@ def _optimizer_is(*names: str) -> Callable[[StackWiseConfig], bool]:
     return lambda config: config.training.optimizer.optimizer_type in names
 
 
-def _end_to_end(config: StackWiseConfig) -> bool:
-    return not config.training.progressive.enabled
+def _program_is_not(*names: str) -> Callable[[StackWiseConfig], bool]:
+    return lambda config: program_of(config) not in names
 
 
 def _greedy(config: StackWiseConfig) -> bool:
     return config.generation.temperature == 0
 
 
-GROWTH_KEYS = (
-    "building_mode",
-    "max_stacks",
-    "target_stacks",
-    "trunk_strategy",
-    "new_stack_init",
-    "train_head",
-    "train_embedding",
-    "global_head_blocks",
-    "joint_tuning",
-    "joint_tuning_fraction",
-    "growth_optimizer",
-    "rewarmup_fraction",
-    "stage_weights",
-)
+MODES = ("append", "prepend", "grow", "independent", "cyclic")
+KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
+    "training.unit": ("append", "prepend", "independent", "cyclic", "as_one"),
+    "training.max_steps": (*MODES, "end_to_end", "as_one"),
+    "training.epochs_per_stack": (*MODES, "end_to_end", "as_one"),
+    "training.warmup_steps": (*MODES, "end_to_end", "as_one"),
+    "training.progressive.building_mode": (*MODES, "by_hand"),
+    "training.progressive.max_stacks": (*MODES, "as_one", "by_hand"),
+    "training.progressive.target_stacks": (*MODES, "as_one", "by_hand"),
+    "training.progressive.trunk_strategy": ("append", "prepend", "end_to_end"),
+    "training.progressive.train_head": (*MODES, "end_to_end", "as_one"),
+    "training.progressive.train_embedding": (*MODES, "end_to_end", "as_one"),
+    "training.progressive.joint_tuning": MODES,
+    "training.progressive.growth_factor": ("grow",),
+    "training.progressive.growth_at": ("grow",),
+    "training.progressive.growth_pattern": ("grow",),
+    "training.progressive.growth_layers": ("grow",),
+    "training.progressive.growth_optimizer": ("append", "prepend", "grow", "cyclic"),
+    "training.progressive.rewarmup_fraction": MODES,
+    "training.progressive.cycle_sweeps": ("cyclic",),
+    "training.progressive.cycle_steps": ("cyclic",),
+    "training.progressive.cycle_order": ("cyclic",),
+    "training.progressive.train_stacks": ("independent", "by_hand"),
+    "training.progressive.stage_weights": ("append", "prepend", "independent"),
+}
+"""Key -> the programs (`rules.program_of`) in which it has an effect."""
 
-INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
+JOINT_KEYS = ("joint_tuning_fraction", "joint_tuning_backbone", "joint_lr")
+
+
+def _why_not(config: StackWiseConfig) -> str:
+    training = config.training
+    return {
+        "by_hand": "training.stages says what happens",
+        "end_to_end": "training.progressive.enabled is false",
+        "as_one": "training.unit is rack",
+    }.get(program_of(config), f"training.progressive.building_mode is {training.progressive.building_mode}")
+
+
+Reason = str | Callable[["StackWiseConfig"], str]
+
+INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     (
         "model.attention_custom",
         lambda c: c.model.attention_preset != "custom",
@@ -95,20 +129,40 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
         lambda c: c.training.lr_schedule == "constant",
         "the learning rate is constant",
     ),
-    ("training.new_stack_lr", lambda c: not grows(c), "no stack is added to a trained one"),
+    (
+        "training.new_stack_lr",
+        lambda c: not grows(c) and program_of(c) != "independent",
+        "no stack is added to a trained one",
+    ),
     ("training.trunk_lr", lambda c: not trains_the_trunk(c), "older stacks never train again"),
     ("training.optimizer.adam_lr", _optimizer_is("AdamW", "Adam", "SGD"), "the optimizer is not Muon"),
     ("training.optimizer.momentum", _optimizer_is("AdamW", "Adam"), "only SGD and Muon have it"),
     ("training.optimizer.betas", _optimizer_is("SGD"), "SGD has momentum instead"),
     ("training.optimizer.eps", _optimizer_is("SGD"), "SGD does not divide by moments"),
+    *((key, _program_is_not(*modes), _why_not) for key, modes in KEYS_OF_MODES.items()),
     *(
-        (f"training.progressive.{name}", _end_to_end, "training.progressive.enabled is false")
-        for name in GROWTH_KEYS
+        (f"training.progressive.{name}", lambda c: not tunes_jointly(c), "there is no joint phase")
+        for name in JOINT_KEYS
     ),
     (
-        "training.progressive.joint_tuning_fraction",
-        lambda c: c.training.progressive.enabled and not tunes_jointly(c),
-        "there is no joint phase",
+        "training.progressive.new_stack_init",
+        lambda c: not copies_stacks(c),
+        "no stack is added to a trained one",
+    ),
+    (
+        "training.progressive.global_head_blocks",
+        lambda c: not appends(c),
+        "only the rack of an append run has such blocks",
+    ),
+    (
+        "training.progressive.growth_pattern",
+        lambda c: program_of(c) == "grow" and c.training.progressive.growth_layers is not None,
+        "training.progressive.growth_layers wins",
+    ),
+    (
+        "training.max_steps",
+        lambda c: program_of(c) == "cyclic" and c.training.progressive.cycle_steps is not None,
+        "training.progressive.cycle_steps wins",
     ),
     ("data.eval_fraction", lambda c: c.data.eval_path is not None, "data.eval_path wins"),
     ("data.doc_mask", lambda c: not c.data.packing, "without packing a row holds one document"),
@@ -121,17 +175,41 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
 
 ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
     (
-        lambda c: grows(c) and c.model.tie_embeddings is True,
+        lambda c: grows(c) and appends(c) and c.model.tie_embeddings is True,
         "model.tie_embeddings: the tied head counts as embedding and stays fixed between the first stage "
         "and the joint phase; false lets it train at every stage",
     ),
     (
-        lambda c: grows(c) and not tunes_jointly(c),
+        lambda c: grows(c) and appends(c) and not tunes_jointly(c),
         "training.progressive.joint_tuning is off: stacks that grew one by one are never trained together",
     ),
     (
-        lambda c: c.training.max_steps is not None and c.training.warmup_steps >= c.training.max_steps,
+        lambda c: (
+            program_of(c) != "by_hand"
+            and c.training.max_steps is not None
+            and c.training.warmup_steps >= c.training.max_steps
+        ),
         "training.warmup_steps is not below training.max_steps: the learning rate never reaches its peak",
+    ),
+    (
+        lambda c: program_of(c) == "grow" and not 0.1 <= c.training.progressive.growth_at <= 0.2,
+        "training.progressive.growth_at lies outside 0.10 to 0.20, where growth has paid most (Du et al. 2024, "
+        "arXiv 2405.15319)",
+    ),
+    (
+        lambda c: program_of(c) == "independent" and c.model.architecture.blocks_per_stack < 3,
+        "training.progressive.building_mode independent with fewer than 3 blocks per stack: each stack is a model of "
+        "its own, and one that shallow learns little (arXiv 2506.14202)",
+    ),
+    (
+        lambda c: program_of(c) == "independent" and stacks_at_the_end(c) > 4,
+        "training.progressive.building_mode independent with more than 4 stacks: quality falls beyond 3 to 4 "
+        "(arXiv 2506.14202)",
+    ),
+    (
+        lambda c: program_of(c) == "independent" and c.training.progressive.training_objective == "clm",
+        "training.progressive.building_mode independent under clm: every stack learns the whole task by itself, and "
+        "run one behind the other they have to be tuned together (training.progressive.joint_tuning)",
     ),
 ]
 """When, and what to say."""

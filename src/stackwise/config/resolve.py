@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config.errors import ConfigError, Problem, show
 from stackwise.config.notes import grows, trains_the_trunk, tunes_jointly
-from stackwise.config.rules import stacks_at_the_end
+from stackwise.config.rules import appends, growth_factor, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -54,12 +54,8 @@ def resolve(
     rule = "8/3 of d_model, rounded to a multiple of 64" if model.ffn_is_gated else "4 times d_model"
     fill("model.d_ff", model.ffn_width, f"{rule}, for {model.ffn_type}")
     fill("model.pos_encoding", model.positions, f"use_rope is {show(model.use_rope)}")
-    reason = (
-        "so that the head can train at every stage"
-        if progressive.enabled
-        else "one end-to-end stage trains both"
-    )
-    fill("model.tie_embeddings", not progressive.enabled, reason)
+    reason = "so that the head can train at every stage" if appends(config) else "both train at the same time"
+    fill("model.tie_embeddings", not appends(config), reason)
     if vocab_size is not None:
         fill("model.vocab_size", vocab_size, f"size of the tokenizer {config.data.tokenizer!r}")
         if model.vocab_size is not None and model.vocab_size < vocab_size:
@@ -71,12 +67,24 @@ def resolve(
 
     on = progressive.enabled
     fill("training.progressive.target_stacks", stacks_at_the_end(config), "model.architecture.n_stacks", on)
-    reason = (
-        "stacks that grew one by one are trained together at the end" if grows(config) else "only one stack"
-    )
-    fill("training.progressive.joint_tuning", tunes_jointly(config), reason, on)
-    fill("training.progressive.train_head", "always", f"under {progressive.building_mode}", on)
-    fill("training.progressive.train_embedding", "first", f"under {progressive.building_mode}", on)
+    program = program_of(config)
+    if program not in ("by_hand", "end_to_end", "as_one"):
+        grown = grows(config) and appends(config)
+        reason = (
+            "stacks that grew one by one are trained together at the end" if grown else f"under {program}"
+        )
+        fill("training.progressive.joint_tuning", tunes_jointly(config), reason)
+    trains = {  # head, embedding; under cyclic auto stays: in their visits
+        "append": ("always", "first"),
+        "prepend": ("first", "first"),
+        "grow": ("always", "always"),
+        "independent": ("first", "first"),
+    }
+    if program in trains:
+        fill("training.progressive.train_head", trains[program][0], f"under {program}")
+        fill("training.progressive.train_embedding", trains[program][1], f"under {program}")
+    deep = "4 from 8 blocks up" if growth_factor(config) == 4 else "what divides the stacks"
+    fill("training.progressive.growth_factor", growth_factor(config), deep, program == "grow")
     rate = f"training.optimizer.lr is {optimizer.lr}"
     fill("training.optimizer.adam_lr", optimizer.lr, rate, optimizer.optimizer_type == "Muon")
     fill("training.new_stack_lr", optimizer.lr, rate, grows(config))

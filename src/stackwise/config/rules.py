@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
 
 
+Check = Callable[["StackWiseConfig"], Problem | list[Problem] | None]
+
+
 class Rule(NamedTuple):
     """A check and the keys it reads; the first key that somebody wrote gives the place of the problem."""
 
     keys: tuple[Path, ...]
-    check: Callable[[StackWiseConfig], Problem | None]
+    check: Check
 
 
 RULES: list[Rule] = []
 
 
-def rule(
-    *keys: str,
-) -> Callable[[Callable[[StackWiseConfig], Problem | None]], Callable[..., Problem | None]]:
+def rule(*keys: str) -> Callable[[Check], Check]:
     """Add the function to RULES."""
 
-    def add(check: Callable[[StackWiseConfig], Problem | None]) -> Callable[..., Problem | None]:
+    def add(check: Check) -> Check:
         RULES.append(Rule(tuple(tuple(key.split(".")) for key in keys), check))
         return check
 
@@ -45,10 +46,11 @@ def broken_rules(config: StackWiseConfig, sources: Sources, wrong: Collection[Pa
     for keys, check in RULES:
         if any(key[: len(path)] == path for path in wrong for key in keys):
             continue
-        if problem := check(config):
+        if found := check(config):
             written = [key for key in keys if key in sources]
             file, line = source_of(written[0], sources) if written else ("", None)
-            problems.append(replace(problem, file=file, line=line))
+            listed = [found] if isinstance(found, Problem) else found
+            problems += [replace(problem, file=file, line=line) for problem in listed]
     return problems
 
 
@@ -58,6 +60,36 @@ def stacks_at_the_end(config: StackWiseConfig) -> int:
     if progressive.enabled and progressive.target_stacks is not None:
         return progressive.target_stacks
     return config.model.architecture.n_stacks
+
+
+def program_of(config: StackWiseConfig) -> str:
+    """Where the stages come from: a building mode, end_to_end, as_one (everything in one stage) or by_hand."""
+    training = config.training
+    if training.stages is not None:
+        return "by_hand"
+    if not training.progressive.enabled:
+        return "end_to_end"
+    return "as_one" if training.unit == "rack" else training.progressive.building_mode
+
+
+def appends(config: StackWiseConfig) -> bool:
+    """Whether the rack is that of an append run, with global head blocks and a head of its own."""
+    progressive = config.training.progressive
+    return progressive.enabled and progressive.building_mode == "append"
+
+
+def copies_stacks(config: StackWiseConfig) -> bool:
+    """Whether new stacks start from trained ones."""
+    return program_of(config) in ("append", "prepend", "grow") and stacks_at_the_end(config) > 1
+
+
+def growth_factor(config: StackWiseConfig) -> int | None:
+    """How many times more stacks the rack of grow has at its end; null where no factor divides them."""
+    progressive, stacks = config.training.progressive, stacks_at_the_end(config)
+    if progressive.growth_factor is not None:
+        return progressive.growth_factor
+    wanted = 4 if stacks * config.model.architecture.blocks_per_stack >= 8 else 2
+    return next((g for g in (wanted, 2, 3, 4) if stacks % g == 0), None)
 
 
 def uses_rope(config: StackWiseConfig) -> bool:
@@ -156,46 +188,6 @@ def rows_fit_the_positions(config: StackWiseConfig) -> Problem | None:
 
 
 @rule(
-    "training.progressive.target_stacks",
-    "training.progressive.max_stacks",
-    "model.architecture.n_stacks",
-    "training.progressive.enabled",
-)
-def stacks_fit_the_limit(config: StackWiseConfig) -> Problem | None:
-    progressive = config.training.progressive
-    stacks = stacks_at_the_end(config)
-    if not progressive.enabled or stacks <= progressive.max_stacks:
-        return None
-    own = progressive.target_stacks is not None
-    return Problem(
-        "training.progressive.target_stacks" if own else "model.architecture.n_stacks",
-        f"exceeds training.progressive.max_stacks {progressive.max_stacks}",
-        stacks,
-        f"whole number from 1 to {progressive.max_stacks}",
-        "or raise training.progressive.max_stacks",
-    )
-
-
-@rule(
-    "training.progressive.stage_weights",
-    "training.progressive.target_stacks",
-    "model.architecture.n_stacks",
-    "training.progressive.enabled",
-)
-def every_stack_has_a_weight(config: StackWiseConfig) -> Problem | None:
-    weights = config.training.progressive.stage_weights
-    stacks = stacks_at_the_end(config)
-    if weights is None or not config.training.progressive.enabled or len(weights) == stacks:
-        return None
-    return Problem(
-        "training.progressive.stage_weights",
-        f"needs one number per stack, {stacks} in all",
-        weights,
-        f"list of {stacks} of: number > 0",
-    )
-
-
-@rule(
     "model.attention_preset",
     "model.attention_overrides.attention_mode",
     "model.attention_custom.attention_mode",
@@ -227,24 +219,6 @@ def short_conv_needs_width_and_causality(config: StackWiseConfig) -> Problem | N
             hint="set it to 0 for a bidirectional model",
         )
     return None
-
-
-@rule("training.progressive.new_stack_init", "model.norm_placement", "training.progressive.enabled")
-def zero_start_needs_pre_norm(config: StackWiseConfig) -> Problem | None:
-    progressive = config.training.progressive
-    if (
-        not progressive.enabled
-        or progressive.new_stack_init != "zero"
-        or config.model.norm_placement == "pre"
-    ):
-        return None
-    return Problem(
-        "training.progressive.new_stack_init",
-        "zero leaves the logits unchanged only with model.norm_placement pre",
-        progressive.new_stack_init,
-        "copy, random",
-        "or set model.norm_placement to pre",
-    )
 
 
 @rule("training.optimizer.custom_params")

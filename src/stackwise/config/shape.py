@@ -50,7 +50,10 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def item_section_of(annotation: Any) -> type[BaseModel] | None:
     """The settings class of the items of a list field, or None."""
-    return section_of(get_args(annotation)[0]) if get_origin(annotation) is list else None
+    for option, _ in alternatives(annotation, []):
+        if get_origin(option) is list and (section := section_of(get_args(option)[0])):
+            return section
+    return None
 
 
 def walk(cls: type[BaseModel], prefix: Path = ()) -> Iterator[tuple[Path, FieldInfo]]:
@@ -88,9 +91,10 @@ def field_at(cls: type[BaseModel], path: Path) -> tuple[Path, FieldInfo | None]:
 def nearest_key(cls: type[BaseModel], path: Path) -> str:
     """`did you mean ...?` for an unknown key: the same name elsewhere, a sibling, or anything spelt alike."""
     keys = [key for key, _ in walk(cls)]
-    for key in keys:
-        if key[-1] == path[-1]:
-            return f"did you mean {dotted(key)!r}?"
+    if named := [key for key in keys if key[-1] == path[-1]]:
+        plain = [key for key in named if "N" not in key] or named  # a section is meant sooner than a list
+        alike = difflib.get_close_matches(dotted(path), [dotted(key) for key in plain], n=1, cutoff=0.0)
+        return f"did you mean {alike[0]!r}?"
     siblings = [dotted(key) for key in keys if key[:-1] == path[:-1]]
     if hint := did_you_mean(dotted(path), siblings):
         return hint

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.errors import ConfigError, Problem, did_you_mean
+from stackwise.config.shape import names_of
 from stackwise.curriculum.growth import adopt, grow
 from stackwise.curriculum.layout import new_stack
+from stackwise.curriculum.settings import CurriculumKeys
 from stackwise.curriculum.split import apply_training
 from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack
-from stackwise.model.describe import block_spec, rack_spec
+from stackwise.model.describe import rack_spec, stack_blocks
 from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
@@ -77,15 +79,27 @@ class ProgressiveRackBuilder:
         `stack`: a module of your own to add as it is. More than `max_stacks`, another width, n_blocks < 1 or an
         unknown precision: ValueError.
         """
-        return self._add(stack, n_blocks, precision, at_left=False)
+        return self._add(stack, n_blocks, precision, at_left=False, init=self._init)
 
     def prepend_stack(
         self, stack: Stack | None = None, n_blocks: int | None = None, precision: str | None = None
     ) -> Stack:
         """Add a stack at the left end, next to the embedding; otherwise like `append_stack`."""
-        return self._add(stack, n_blocks, precision, at_left=True)
+        return self._add(stack, n_blocks, precision, at_left=True, init=self._init)
 
-    def _add(self, stack: Stack | None, n_blocks: int | None, precision: str | None, at_left: bool) -> Stack:
+    def fill(self, n_stacks: int) -> None:
+        """Add random stacks, next to the head or under prepend and independent to the embedding, up to `n_stacks`."""
+        while self.n_stacks < n_stacks:
+            at_left = self.building_mode in ("prepend", "independent")
+            self._add(None, None, None, at_left, "random")
+
+    @property
+    def _init(self) -> str:
+        return self.config.training.progressive.new_stack_init
+
+    def _add(
+        self, stack: Stack | None, n_blocks: int | None, precision: str | None, at_left: bool, init: str
+    ) -> Stack:
         _checked_precision(precision or self.default_precision)
         if self.n_stacks >= self.max_stacks:
             raise ValueError(
@@ -93,14 +107,16 @@ class ProgressiveRackBuilder:
             )
         seed, held = self.config.training.seed, self._rack
         spec = self._base if held is None else held.spec
-        count = self.config.model.architecture.blocks_per_stack if n_blocks is None else n_blocks
+        shapes = stack_blocks(self.config)
+        nth = min(self.n_stacks, len(shapes) - 1)
+        shape = shapes[-1 - nth if at_left else nth]
+        count = len(shape) if n_blocks is None else n_blocks
         if stack is not None and stack.d_model != spec.d_model:
             raise ValueError(f"the stack is {stack.d_model} wide, the rack {spec.d_model}")
         if count < 1:
             raise ValueError(f"n_blocks must be at least 1, got {count}")
-        blocks = (block_spec(self.config.model),) * count if stack is None else stack.spec.blocks
+        blocks = tuple(shape[i % len(shape)] for i in range(count)) if stack is None else stack.spec.blocks
         if held is not None and stack is None:
-            init = self.config.training.progressive.new_stack_init
             growth = Growth("prepend" if at_left else "append", count, init, blocks=blocks)
             self._rack = grow(held, growth, seed)[0]
         else:
@@ -258,8 +274,17 @@ def _config_of(config: StackWiseConfig | None, given: dict[str, Any]) -> StackWi
 
 
 def _checked_mode(mode: str) -> str:
-    if mode not in ("append", "prepend"):
-        raise ConfigError([Problem("building_mode", "is unknown", mode, "append, prepend")])
+    field = CurriculumKeys.model_fields["building_mode"]
+    if mode not in names_of(field):
+        raise ConfigError(
+            Problem(
+                "building_mode",
+                "is unknown",
+                mode,
+                ", ".join(names_of(field)),
+                did_you_mean(mode, names_of(field)),
+            )
+        )
     return mode
 
 

@@ -18,6 +18,7 @@ from stackwise.model.block import Block, Stack
 from stackwise.model.init import Start, init_weights
 from stackwise.model.rack import Rack
 from stackwise.model.spec import BlockSpec, RackSpec
+from stackwise.precision.convert import dense_tensors
 
 
 def grow(rack: Rack, growth: Growth, seed: int) -> tuple[Rack, Copies]:
@@ -71,8 +72,13 @@ def adopt(rack: Rack, spec: RackSpec, seed: int, own: dict[str, Stack] | None = 
 
 @torch.no_grad()
 def copy_blocks(old: Rack, new: Rack, sources: Copies) -> None:
-    """Give the blocks of `new` the values of those of `old` they are made after."""
-    values, targets = old.state_dict(), new.state_dict()
+    """Give the blocks of `new` the values of those of `old` they are made after, adapters left out."""
+    values = {
+        f"stacks.{stack.uid}.{name}": tensor
+        for stack in old.stacks
+        for name, tensor in dense_tensors(stack).items()
+    }
+    targets = new.state_dict()
     for target, source in sources.items():
         for name, tensor in targets.items():
             if name.startswith(target):

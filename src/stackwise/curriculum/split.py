@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stackwise.config.errors import did_you_mean
 from stackwise.curriculum.stage import Stage
-from stackwise.model.spec import RackSpec
+from stackwise.model.spec import RackSpec, StackSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,26 +40,30 @@ def trained_units(spec: RackSpec, stage: Stage) -> set[str]:
 
 
 def selectors(spec: RackSpec) -> dict[str, list[str]]:
-    """Every selector of a rack with the units it stands for."""
-    stacks = [f"stack:{stack.uid}" for stack in spec.stacks]
-    newest = max(spec.stacks, key=lambda stack: stack.build_index)
+    """Every selector of a rack with the units it stands for: of a stack whose matrices never train, its adapters."""
+    stacks = [_own_units(stack, f"stack:{stack.uid}") for stack in spec.stacks]
+    newest = max(range(len(stacks)), key=lambda i: spec.stacks[i].build_index)
     tail = ["tail"] if spec.tail else []
     table = {
         "all": ["embedding", *stacks, *tail, "norm", "head"],
-        "new": [f"stack:{newest.uid}"],
-        "trunk": [name for name in stacks if name != f"stack:{newest.uid}"],
+        "new": [stacks[newest]],
+        "trunk": [name for i, name in enumerate(stacks) if i != newest],
         "embedding": ["embedding"],
         "tail": tail,
         "norm": ["norm"],
         "head": ["head"],
     }
     for position, stack in enumerate(spec.stacks):
-        table[f"stack:{position}"] = [f"stack:{stack.uid}"]
+        table[f"stack:{position}"] = [stacks[position]]
         for i in range(len(stack.blocks)):
-            table[f"block:{position}.{i}"] = [f"block:{stack.uid}.{i}"]
+            table[f"block:{position}.{i}"] = [_own_units(stack, f"block:{stack.uid}.{i}")]
         for adapter in stack.adapters:
             table.setdefault(f"lora:{adapter.name}", []).append(f"lora.{adapter.name}:{stack.uid}")
     return table
+
+
+def _own_units(stack: StackSpec, name: str) -> str:
+    return f"lora.stack:{stack.uid}" if stack.adapters_only else name
 
 
 def _matches_nothing(selector: str, spec: RackSpec) -> str:

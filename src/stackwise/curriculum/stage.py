@@ -80,6 +80,18 @@ class Stage:
         """JSON-able; `Stage.from_dict` gives back an equal object."""
         return asdict(self)
 
+    def to_record(self) -> dict[str, Any]:
+        """The stage as it is written under `training.stages`; what is null is left out."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        grow, trains, steps = given.pop("grow", None), given.pop("trains"), given.pop("steps")
+        record = {"name": given.pop("name"), "train": list(trains), "max_steps": steps}
+        if grow is not None:
+            record["grow"] = {name: value for name, value in grow.items() if value is not None}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in {**record, **given}.items()
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Stage:
         grow, schedule = data.get("grow"), data.get("schedule")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stackwise.config.rules import stacks_at_the_end
+from stackwise.config.rules import appends, stacks_at_the_end
 from stackwise.model.settings import AttentionFields, ModelSettings, attention_fields
 from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
 
@@ -53,35 +53,44 @@ def block_spec(model: ModelSettings) -> BlockSpec:
     )
 
 
-def appends(config: StackWiseConfig) -> bool:
-    """Whether the run grows by appending stacks."""
-    progressive = config.training.progressive
-    return progressive.enabled and progressive.building_mode == "append"
-
-
 def is_tied(config: StackWiseConfig) -> bool:
     """`tie_embeddings`; null: untied when stacks are appended, so that the head can train at every stage."""
     tied = config.model.tie_embeddings
     return not appends(config) if tied is None else tied
 
 
+def tail_blocks(config: StackWiseConfig) -> int:
+    """Global head blocks of the rack: an append run has them."""
+    return config.training.progressive.global_head_blocks if appends(config) else 0
+
+
+def stack_blocks(config: StackWiseConfig) -> list[tuple[BlockSpec, ...]]:
+    """The blocks of every stack of the finished rack, by position."""
+    model, count = config.model, stacks_at_the_end(config)
+    if model.stacks is None:
+        return [(block_spec(model),) * model.architecture.blocks_per_stack] * count
+    return [
+        (block_spec(stack.applied_to(model)),) * (stack.n_blocks or model.architecture.blocks_per_stack)
+        for stack in model.stacks[:count]
+    ]
+
+
 def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
-    """The rack of a config, with `n_stacks` stacks (null: as many as the run ends with).
+    """The rack of a config, with its first `n_stacks` stacks (null: as many as the run ends with).
 
     `model.vocab_size` must be set by then; the tokenizer's size is filled in when the data is prepared.
     """
     model = config.model
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it, or let the tokenizer of a run set it")
-    block = block_spec(model)
-    per_stack = model.architecture.blocks_per_stack
-    planned = stacks_at_the_end(config)
-    tail = (block,) * (config.training.progressive.global_head_blocks if appends(config) else 0)
-    count = planned if n_stacks is None else n_stacks
+    stacks = stack_blocks(config)
+    tail = (block_spec(model),) * tail_blocks(config)
+    count = len(stacks) if n_stacks is None else n_stacks
+    built = [*stacks, *(stacks[-1:] * (count - len(stacks)))][:count]
     return RackSpec(
         vocab_size=model.vocab_size,
         d_model=model.d_model,
-        stacks=tuple(StackSpec(f"s{i}", (block,) * per_stack, i) for i in range(count)),
+        stacks=tuple(StackSpec(f"s{i}", blocks, i) for i, blocks in enumerate(built)),
         tail=tail,
         max_seq_len=model.max_seq_len,
         positions=model.positions,
@@ -90,5 +99,5 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         tied=is_tied(config),
         dropout=model.dropout,
         embedding_norm=model.embedding_norm,
-        planned_blocks=planned * per_stack + len(tail),
+        planned_blocks=sum(map(len, stacks)) + len(tail),
     )

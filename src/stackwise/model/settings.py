@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from pydantic import Field, model_validator
 
 from stackwise.config.base import Settings
@@ -34,6 +34,7 @@ FFN_TYPES = {
 
 AttentionType = Annotated[str, OneOf(ATTENTION_TYPES)]
 AttentionMode = Literal["bidirectional", "causal"]
+Preset = Literal["bert_style", "gpt_style", "efficient_gqa", "custom"]
 
 
 class ArchitectureConfig(Settings):
@@ -61,6 +62,43 @@ class AttentionFields(Settings):
     """Normalise queries and keys per head before their product."""
 
 
+class StackShape(Settings):
+    """How one stack differs from the others."""
+
+    n_blocks: PositiveInt | None = None
+    """Blocks of the stack. null: `model.architecture.blocks_per_stack`."""
+    n_heads: PositiveInt | None = None
+    """Query heads. null: `model.n_heads`."""
+    n_kv_heads: PositiveInt | None = None
+    """Key and value heads. null: `model.n_kv_heads`."""
+    d_ff: PositiveInt | None = None
+    """Width of the feed-forward. null: `model.d_ff`."""
+    ffn_type: Annotated[str, OneOf(FFN_TYPES)] | None = None
+    """Feed-forward. null: `model.ffn_type`."""
+    attention_preset: Preset | None = None
+    """Named attention. null: `model.attention_preset`."""
+    attention_overrides: AttentionFields = Field(default_factory=AttentionFields)
+    """Single fields changed in the attention of the stack."""
+    dropout: BelowOne | None = None
+    """Dropout of its blocks. null: `model.dropout`."""
+
+    def applied_to(self, model: "ModelSettings") -> "ModelSettings":
+        """The model as the blocks of this stack see it."""
+        own = {
+            name: value
+            for name in ("n_heads", "n_kv_heads", "d_ff", "ffn_type", "attention_preset", "dropout")
+            if (value := getattr(self, name)) is not None
+        }
+        own.setdefault("d_ff", model.ffn_width)
+        if {"n_heads", "attention_preset"} & own.keys():
+            own.setdefault("n_kv_heads", None)  # that of the model was chosen for other attention
+        overrides = {
+            **model.attention_overrides.model_dump(exclude_none=True),
+            **self.attention_overrides.model_dump(exclude_none=True),
+        }
+        return model.model_copy(update={**own, "attention_overrides": AttentionFields(**overrides)})
+
+
 class ModelSettings(Settings):
     """The finished model."""
 
@@ -78,7 +116,9 @@ class ModelSettings(Settings):
     """Longest row of tokens: size of the position table and trained length of RoPE."""
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
     """Shape of the stack of blocks."""
-    attention_preset: Literal["bert_style", "gpt_style", "efficient_gqa", "custom"] = "gpt_style"
+    stacks: Annotated[list[StackShape], MinLen(1)] | None = None
+    """Stacks that differ, one entry per stack from the embedding to the head. null: all alike."""
+    attention_preset: Preset = "gpt_style"
     """Named attention: bert_style sees all positions, gpt_style only earlier ones, efficient_gqa all with a quarter of the key and value heads; custom takes `attention_custom`."""
     attention_custom: AttentionFields | None = None
     """All fields of the attention, for the preset custom; a field left out is mha, bidirectional, `model.qk_norm`."""
@@ -118,11 +158,13 @@ class ModelSettings(Settings):
     """Start the output projections of attention and feed-forward at zero, so that every block starts as the identity; the head, too, when it is not tied."""
 
     @model_validator(mode="after")
-    def _use_rope_follows(self) -> Self:
+    def _unset_keys_follow(self) -> Self:
         # A key nobody set must not contradict one that somebody did, else a saved configuration,
         # where every key is written, could not be read back.
         if "use_rope" not in self.model_fields_set:
             self.__dict__["use_rope"] = self.pos_encoding in (None, "rope")
+        if self.stacks is not None and "n_stacks" not in self.architecture.model_fields_set:
+            self.architecture.__dict__["n_stacks"] = len(self.stacks)
         return self
 
     @property

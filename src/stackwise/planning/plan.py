@@ -71,23 +71,24 @@ def plan(config: StackWiseConfig) -> Plan:
     """
     import torch
 
-    from stackwise.curriculum.curricula import flops_per_token, stages
+    from stackwise.curriculum.assemble import build_rack
+    from stackwise.curriculum.costs import flops_per_token, stage_tokens
+    from stackwise.curriculum.curricula import stages
+    from stackwise.curriculum.specs import first_spec, stage_specs
     from stackwise.curriculum.split import apply_training, trained_units
-    from stackwise.model.describe import rack_spec
-    from stackwise.model.rack import Rack
 
     config.validate()
     vocab_size, steps_per_epoch = _data_facts(config)
     config, derived = resolve(config, vocab_size=vocab_size)
-    per_step = (
-        config.training.batch_size * config.training.seq_len * config.training.gradient_accumulation_steps
-    )
     rows = []
-    for stage in stages(config, steps_per_epoch):
+    listed = stages(config, steps_per_epoch)
+    for stage, spec in zip(
+        listed, stage_specs(config, listed, first_spec(config, listed), "fp32"), strict=True
+    ):
         with torch.device("meta"):
-            rack = Rack(rack_spec(config, stage.n_stacks))
-        split = apply_training(rack, trained_units(rack.spec, stage))
-        tokens = stage.steps * per_step
+            rack = build_rack(spec)
+        split = apply_training(rack, trained_units(spec, stage), stage.alone)
+        tokens = stage.steps * stage_tokens(config, stage)
         rows.append(
             StagePlan(
                 name=stage.name,
@@ -102,7 +103,7 @@ def plan(config: StackWiseConfig) -> Plan:
                 tokens=tokens,
                 parameters=rack.get_parameter_count(),
                 trainable_parameters=rack.get_trainable_parameter_count(),
-                flops=tokens * flops_per_token(config, stage),
+                flops=tokens * flops_per_token(config, stage, spec),
                 bytes=_bytes(rack, config),
             )
         )

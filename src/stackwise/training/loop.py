@@ -21,22 +21,22 @@ import torch
 from torch import Tensor
 
 from stackwise.config.root import StackWiseConfig
-from stackwise.curriculum.assemble import realise, stage_spec
-from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
+from stackwise.curriculum.assemble import realise
+from stackwise.curriculum.specs import stage_spec
 from stackwise.curriculum.stage import Stage
-from stackwise.model.flops import step_flops
 from stackwise.model.init import keyed_generator
-from stackwise.model.rack import Rack, recompute_block, run_block
+from stackwise.model.rack import Rack
 from stackwise.objectives.causal import CausalLM, Example
-from stackwise.precision.fake_quant import fake_quantise
 from stackwise.training import records
-from stackwise.training.counting import SavedBytes, gradient_bytes, parameter_bytes
+from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in, run_format
 from stackwise.training.errors import Interrupted, NumericError
 from stackwise.training.interrupt import InterruptGuard
 from stackwise.training.optim import Optimizers, carried
 from stackwise.training.progress import Progress
 from stackwise.training.schedule import lr_factor
+from stackwise.training.stage_setup import StageSetup, set_up
+from stackwise.trunk.manager import MemoryManager
 
 Event = dict[str, Any]
 
@@ -77,16 +77,20 @@ class Engine:
         dtype: torch.dtype,
         hooks: Hooks | None = None,
         progress: Progress | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
+        """`identity` names the data that the loader's sample ids belong to (`trunk.keys.IDENTITY`); without it no
+        outputs of the trunk are stored."""
         self.config, self.stages, self.loader = config, stages, loader
         self.device, self.dtype = device, dtype
         self.rack = rack.to(device)
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
         self.objective = CausalLM()
-        self.frozen_format = run_format(config, dtype, device)
+        self.run_format = run_format(config, dtype, device)
+        self.identity, self.manager = identity, MemoryManager.of(config.training.progressive)
         self.optimizers: Optimizers | None = None
-        self.split: Split | None = None
+        self.setup: StageSetup | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         chunk = config.training.loss_chunk_tokens
         self._rows_per_chunk = None if chunk == "auto" else int(chunk)
@@ -126,34 +130,41 @@ class Engine:
         uids = {s.uid for s in self.rack.spec.stacks}
         if stage.grow is not None and p.eval_loss is not None:
             self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
-        spec = stage_spec(self.config, self.rack.spec, stage, self.frozen_format)
-        self.rack, copies = realise(self.rack, stage, spec, seed=self.config.training.seed)
+        spec = stage_spec(self.config, self.rack.spec, stage, self.run_format)
+        training = self.config.training
+        merges = training.progressive.trunk_lora_mode == "merge"
+        self.rack, copies = realise(self.rack, stage, spec, seed=training.seed, merge_trunk=merges)
         p.start_stage()
         self._set_up(stage)
         assert self.optimizers is not None
         self.optimizers.load(carried(before, stage.optimizer_state, copies))
         grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
-        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, grown))
+        self.hooks.emit(records.stage_start(self.rack, self.setup, self.progress, stage, grown))
         if stage.grow is not None and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
     def _set_up(self, stage: Stage) -> None:
-        """What trains, in which split, compiled or recomputed as the config says."""
-        training = self.config.training
-        self.units = trained_units(self.rack.spec, stage)
-        self.split = apply_training(self.rack, self.units, stage.alone)
-        assert self.split == split_of(self.rack, stage.alone)
-        self.optimizers = Optimizers(self.rack, stage, training)
-        if training.progressive.fake_quant:
-            for stack in self.rack.stacks:
-                format = stack.frozen_format or self.frozen_format
-                fake_quantise(stack, format if f"stack:{stack.uid}" in self.units else None)
-        self.rack.runner = recompute_block if training.gradient_checkpointing else run_block
-        if training.compile:
-            for block in self.rack.blocks():
-                if block._compiled_call_impl is None:
-                    block.compile()
-        self.flops_per_token = step_flops(self.rack.spec, self.units, training.seq_len)
+        """What trains, in which split, from which trunk, with which optimizer."""
+        following = self.stages[self.progress.stage + 1 : self.progress.stage + 2]
+        self.setup = set_up(
+            self.rack,
+            stage,
+            self.config,
+            device=self.device,
+            run_format=self.run_format,
+            manager=self.manager,
+            identity=self.identity or {},
+            n_samples=None if self.identity is None else self.loader.rows,  # type: ignore[attr-defined]
+            goes_on=any(later.grow is not None and later.grow.op == "append" for later in following),
+        )
+        self.optimizers = self.setup.optimizers
+
+    def _announce(self, stage: Stage, new: list[str]) -> None:
+        assert self.setup is not None
+        self.hooks.emit(records.stage_start(self.rack, self.setup.split, self.progress, stage, new))
+        decision = self.setup.decision
+        if self.setup.split.prefix_blocks or decision.warn:
+            self.hooks.emit({"event": "note", "message": f"frozen trunk {decision.reason}"})
 
     def restore(self, optimizer_state: dict[str, dict[str, Tensor]], scaler: dict[str, Any] | None) -> None:
         """Rebuild what surrounds a loaded rack: split, optimizer and moments of the stage in progress."""
@@ -166,7 +177,7 @@ class Engine:
     def _take_up(self, stage: Stage) -> None:
         """After a resume: do what followed the save that was loaded."""
         self._resumed = False
-        self.hooks.emit(records.stage_start(self.rack, self.split, self.progress, stage, []))
+        self._announce(stage, [])
         if 0 < self.progress.stage_step < stage.steps:
             self._observe(stage)
 
@@ -190,13 +201,15 @@ class Engine:
         # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
         weight = sum((example.labels >= 0).sum() for example in examples).clamp_min(1)  # type: ignore[union-attr]
         total = torch.zeros((), device=self.device)
-        for index, example in enumerate(examples):
-            if self._has_dropout:
-                key = (p.step, index)
-                torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
-            loss = self._loss(example, count=p.stage_step == 0 and index == 0) / weight
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+        counted = StepBytes(self.rack) if p.stage_step == 0 else None
+        with nullcontext() if counted is None else counted.counting():
+            for index, example in enumerate(examples):
+                if self._has_dropout:
+                    key = (p.step, index)
+                    torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
+                loss = self._loss(example) / weight
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
         if self.scaler.is_enabled():
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -212,36 +225,19 @@ class Engine:
             self._note_loss(loss_value)
         else:
             self._not_finite(stage, loss_value, norm_value)
-        if p.stage_step == 1:
-            p.bytes = self._count_bytes()
+        if counted is not None:
+            p.bytes = counted.result(optimizers)
         optimizers.zero_grad()
         self.grad_norm = norm_value
         tokens = sum(example.input_ids.numel() for example in examples)
         self._note_cost(tokens, time.perf_counter() - started)
 
-    def _loss(self, example: Example, count: bool = False) -> Tensor:
-        """Summed loss of one micro-batch; the first of a stage is counted byte by byte."""
-        assert self.split is not None
-        saved = SavedBytes(self.rack) if count else None
+    def _loss(self, example: Example) -> Tensor:
+        """Summed loss of one micro-batch."""
+        assert self.setup is not None
         with computing_in(self.dtype, self.device):
-            if saved is None:
-                return self._forward(example)
-            with saved.counting():
-                loss = self._forward(example)
-        self.progress.activation_bytes = saved.total
-        return loss
-
-    def _forward(self, example: Example) -> Tensor:
-        assert self.split is not None
-        rack, split = self.rack, self.split
-        context = rack.make_context(
-            example.input_ids, example.attention_mask, example.position_ids, example.document_ids
-        )
-        with torch.no_grad() if split.prefix else nullcontext():
-            x_BTD = rack.embed(example.input_ids, context)
-            x_BTD = rack.run(x_BTD, context, 0, split.prefix_blocks)
-        hidden = rack.norm(rack.run(x_BTD, context, split.start, split.stop))
-        return self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
+            hidden = self.setup.forward(example)
+            return self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
 
     def _apply(self, optimizers: Optimizers) -> None:
         if not self.scaler.is_enabled():
@@ -281,21 +277,11 @@ class Engine:
         p.loss_count += 1
 
     def _note_cost(self, tokens: int, seconds: float) -> None:
-        p, flops = self.progress, self.flops_per_token * tokens
+        assert self.setup is not None
+        p, flops = self.progress, self.setup.flops_per_token * tokens + self.setup.prefix_flops()
         p.tokens, p.stage_tokens = p.tokens + tokens, p.stage_tokens + tokens
         p.flops, p.stage_flops = p.flops + flops, p.stage_flops + flops
         p.seconds, p.stage_seconds = p.seconds + seconds, p.stage_seconds + seconds
-
-    def _count_bytes(self) -> dict[str, int]:
-        """Bytes a step of this stage holds: weights, gradients, moments, and what autograd saved."""
-        assert self.optimizers is not None
-        items = {
-            "parameters": parameter_bytes(self.rack),
-            "gradients": gradient_bytes(self.rack),
-            "moments": self.optimizers.state_bytes(),
-            "activations": self.progress.activation_bytes,
-        }
-        return {**items, "total": sum(items.values())}
 
     # --- around the steps --------------------------------------------------------------------------------------
 
@@ -327,7 +313,7 @@ class Engine:
         self._sample()
         record = records.stage_end(self.rack, p, stage, eval_loss)
         self.hooks.emit({"event": "stage_end", **record})
-        p.history.append({**record, "steps": p.stage_step, "trains": sorted(self.units)})
+        p.history.append({**record, "steps": p.stage_step, "trains": sorted(self.setup.units)})
         p.stage, p.begun = p.stage + 1, False
 
     def _log(self) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -15,8 +15,9 @@ from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
-from stackwise.curriculum.assemble import build_rack, first_spec, stage_specs
+from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.curricula import stages as stages_of_config
+from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.data.corpus import Corpus
 from stackwise.data.errors import DataError
@@ -76,9 +77,9 @@ def train(
         if commit is None:
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
-            engine = Engine(resolved, rack, stages, loader, device=device, dtype=dtype, hooks=hooks)
+            engine = Engine(resolved, rack, stages, loader, **where)
         else:
-            engine = _restore(resolved, loader, store, commit, metrics, hooks, device, dtype)
+            engine = _restore(resolved, loader, store, commit, metrics, where)
         _announce(engine, tracker, notes, derived, corpus, commit)
         status = "failed"
         try:
@@ -95,6 +96,29 @@ def train(
             if resolved.tracking.report if report is None else report:
                 build_report(folder.path)
     return _result(engine, folder, commit)
+
+
+class Where(TypedDict):
+    """What an engine needs besides the run itself."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hooks: Hooks
+    identity: dict[str, str]
+
+
+def identity_of(
+    config: StackWiseConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """What the stored outputs of a trunk depend on besides the trunk; see `trunk.keys`."""
+    data = config.data
+    return {
+        "tokenizer": corpus.tokenizer.hash,
+        "data": corpus.hash,
+        "rows": f"packing {data.packing}, documents apart {data.doc_mask}",
+        "corruption": "clm",
+        "compute": f"{dtype} on {device.type}".removeprefix("torch."),
+    }
 
 
 def make_loader(config: StackWiseConfig, corpus: Corpus) -> TokenLoader:
@@ -148,9 +172,7 @@ def _restore(
     store: Store,
     commit: Commit,
     metrics: MetricsFile,
-    hooks: Hooks,
-    device: torch.device,
-    dtype: torch.dtype,
+    where: Where,
 ) -> Engine:
     meta = state.read_meta(store, commit)
     try:
@@ -163,10 +185,8 @@ def _restore(
         state.load_rack(store, commit, meta),
         state.stages_of(meta),
         loader,
-        device=device,
-        dtype=dtype,
-        hooks=hooks,
         progress=state.progress_of(meta),
+        **where,
     )
     engine.restore(state.load_optimizer_state(store, commit), meta["scaler"])
     return engine
@@ -248,7 +268,7 @@ def _announce(
     commit: Commit | None,
 ) -> None:
     config, training = engine.config, engine.config.training
-    specs = stage_specs(config, engine.stages, first_spec(config, engine.stages), engine.frozen_format)
+    specs = stage_specs(config, engine.stages, first_spec(config, engine.stages), engine.run_format)
     rows = []
     for stage, spec in zip(engine.stages, specs, strict=True):
         with torch.device("meta"):

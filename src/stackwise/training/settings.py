@@ -20,7 +20,7 @@ from stackwise.config.types import (
     UnitFloat,
     UpToOne,
 )
-from stackwise.curriculum.settings import ProgressiveSettings
+from stackwise.curriculum.settings import ProgressiveSettings, StageSettings
 
 
 def _regex(text: str) -> str:
@@ -45,6 +45,21 @@ def _device(text: str) -> str:
     return text
 
 
+def _class_path(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise PydanticCustomError("unknown_name", "not a known name")
+    return text
+
+
+OptimizerName = (
+    Literal[
+        "AdamW", "Adam", "SGD", "Muon", "Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam",
+        "RMSprop", "Rprop",
+    ]
+    | Annotated[str, AfterValidator(_class_path), Allowed("module:Class")]
+)  # fmt: skip
+
+
 class ParameterGroup(Settings):
     """Rates for the parameters whose name matches."""
 
@@ -59,8 +74,8 @@ class ParameterGroup(Settings):
 class OptimizerSettings(Settings):
     """The optimizer and its parameter groups."""
 
-    optimizer_type: Literal["AdamW", "Adam", "SGD", "Muon"] = "AdamW"
-    """Muon takes the matrices of the blocks, AdamW the rest."""
+    optimizer_type: OptimizerName = "AdamW"
+    """Muon takes the matrices of the blocks, AdamW the rest. The names from Adadelta on are classes of torch.optim; `module:Class` is a `torch.optim.Optimizer` of your own. All but the first four take `lr`, `weight_decay` and `custom_params`."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     adam_lr: PositiveFloat | None = None
@@ -77,11 +92,19 @@ class OptimizerSettings(Settings):
     """Extra keyword arguments of the optimizer, such as `{nesterov: true}`."""
     groups: list[ParameterGroup] = []
     """Parameters with rates of their own, by regular expression on their name."""
+    memory: Literal["full", "int8", "int8_nomaster", "fused"] = "full"
+    """Bytes per trained parameter. full: 16, all in float32. int8: 10, moments in 8 bits. int8_nomaster: 6, also weights and gradients in bfloat16, rounded stochastically. fused: 4, also each tensor steps during the backward pass and its gradient goes at once. Adapters, norms and tensors below 4096 numbers stay full. AdamW, Adam and Muon only."""
+    state_device: Literal["device", "host"] = "device"
+    """Where moments are kept between steps. device: with their parameter. host: in main memory, brought to the device one parameter at a time."""
 
 
 class TrainingSettings(Settings):
     """The training loop."""
 
+    unit: Literal["block", "stack", "rack"] = "stack"
+    """The smallest piece that a stage trains: every block of a stack in a stage of its own, a stack, or the whole rack in one stage."""
+    stages: Annotated[list[StageSettings], MinLen(1)] | None = None
+    """A hand-written list of stages in place of the curriculum. null: `progressive` decides."""
     batch_size: PositiveInt = 4
     """Rows per micro-batch."""
     gradient_accumulation_steps: PositiveInt = 1

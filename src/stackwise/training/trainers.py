@@ -1,75 +1,68 @@
-"""ProgressiveTrainer: the same engine for racks and data loaders of one's own."""
+"""The same engine for racks and data loaders of one's own: ProgressiveTrainer and ArchitectureTrainer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
-from stackwise.config.notes import tunes_jointly
 from stackwise.config.root import StackWiseConfig
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.curriculum.builder import ProgressiveRackBuilder
-from stackwise.curriculum.curricula import append, joint_stage, stage_steps
-from stackwise.curriculum.stage import Growth, Stage
+from stackwise.curriculum.curricula import stage_steps
+from stackwise.curriculum.present import by_unit, stacks_at_the_start, stages_from, with_target
+from stackwise.curriculum.program import hand_written
+from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.tracking.events import Sink, Tracker
+from stackwise.training.cycling import CyclingLoader, as_mapping
 from stackwise.training.device import pick_device, pick_dtype
 from stackwise.training.loop import Engine, Hooks
-from stackwise.training.progressive_data import as_dict
 from stackwise.training.validate import validate
 
 
-class CyclingLoader:
-    """An endless stream over a finite loader of dict or tuple batches; its position is (epoch, batch).
+class _Trainer:
+    """`sinks` receive the run's events (`stackwise.tracking.events`); none: silent."""
 
-    A tuple is read as (input_ids, attention_mask). Resuming skips batches already seen, which is exact when the
-    loader gives the same batches in every pass.
-    """
+    def __init__(self, config: StackWiseConfig, sinks: list[Sink] | None = None) -> None:
+        config.validate()
+        self.config = config
+        self.sinks = sinks or []
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-        self.epoch = self.index = 0
+    def _steps(self, dataloader: Iterable[Any]) -> int:
+        """Optimizer steps of one stack."""
+        return stage_steps(self.config, _passes(dataloader, self.config))
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        skip = self.index
-        while True:
-            empty = True
-            for i, batch in enumerate(self.batches):
-                empty = False
-                if i < skip:
-                    continue
-                self.index = i + 1
-                yield as_mapping(batch)
-            if empty:
-                raise ValueError("the data loader gives no batches")
-            skip, self.index, self.epoch = 0, 0, self.epoch + 1
+    def _engine(
+        self,
+        config: StackWiseConfig,
+        rack: Rack,
+        stages: list[Stage],
+        dataloader: Iterable[Any],
+        eval_dataloader: Iterable[Any] | None,
+        tracker: Tracker,
+    ) -> Engine:
+        device = pick_device(config.training.device)
+        dtype = pick_dtype(config.training.dtype, device)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index}
+        def evaluate(rack: Rack) -> dict[str, Any]:
+            assert eval_dataloader is not None
+            total, count = validate(rack, map(as_mapping, eval_dataloader), dtype=dtype)
+            return {"loss": total / count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.index = state["epoch"], state["index"]
-
-
-def as_mapping(batch: Any) -> Mapping[str, Tensor]:
-    """The tensors of a dict or tuple batch by name."""
-    return {key: value for key, value in as_dict(batch).items() if isinstance(value, Tensor)}
+        hooks = Hooks(emit=tracker.emit, evaluate=None if eval_dataloader is None else evaluate)
+        loader = CyclingLoader(dataloader)
+        return Engine(config, rack, stages, loader, device=device, dtype=dtype, hooks=hooks)
 
 
-class ProgressiveTrainer:
+class ProgressiveTrainer(_Trainer):
     """Trains a builder's rack on your own data loader, stage by stage.
 
     `sinks` receive the run's events (`stackwise.tracking.events`); none: silent.
     """
 
     def __init__(self, config: StackWiseConfig, sinks: list[Sink] | None = None) -> None:
-        config.validate()
-        self.config = config
-        self.sinks = sinks or []
+        super().__init__(config, sinks)
         self._trained: set[tuple[int, str]] = set()
 
     def train_progressively(
@@ -79,24 +72,32 @@ class ProgressiveTrainer:
         target_stacks: int | None = None,
         eval_dataloader: Iterable[Any] | None = None,
     ) -> dict[str, Any]:
-        """Grow to `target_stacks` (null: the config's number), one stage per stack, then the joint phase if it is on.
+        """Grow to `target_stacks` (null: the config's number) as the builder's `building_mode` says.
 
-        Stacks already there are kept; those this trainer has not trained come first, in build order. A target below
-        what is there: ValueError. Calling again with the same target adds nothing.
+        Stacks already there are kept; those this trainer has not trained come first, in build order. The joint phase
+        follows where the config has one. A target below what is there, or a number of stacks that the mode cannot
+        grow from: ValueError. Calling again with the same target adds nothing. With `training.stages` these run.
         """
-        target = stacks_at_the_end(self.config) if target_stacks is None else target_stacks
-        if target < rack_builder.n_stacks:
+        builder, target = rack_builder, target_stacks
+        if target is None:
+            target = stacks_at_the_end(self.config)
+        if target < builder.n_stacks:
+            raise ValueError(f"target_stacks is {target}, but the rack already has {builder.n_stacks} stacks")
+        if target > builder.max_stacks:
             raise ValueError(
-                f"target_stacks is {target}, but the rack already has {rack_builder.n_stacks} stacks"
+                f"target_stacks is {target}, but training.progressive.max_stacks is {builder.max_stacks}"
             )
-        if target > rack_builder.max_stacks:
-            raise ValueError(
-                f"target_stacks is {target}, but training.progressive.max_stacks is {rack_builder.max_stacks}"
-            )
-        if rack_builder.n_stacks == 0 and target:
-            rack_builder.append_stack()
-        stages = self._stages(rack_builder, target, dataloader)
-        return self._run(rack_builder, stages, dataloader, eval_dataloader)
+        if self.config.training.stages is not None:
+            stages = hand_written(self.config, _passes(dataloader, self.config))
+            builder.fill(stages[0].n_stacks)
+            return self._run(self.config, builder, stages, dataloader, eval_dataloader)
+        config = with_target(self.config, builder.building_mode, target, builder.n_stacks)
+        config.validate()
+        builder.fill(stacks_at_the_start(config))
+        spec = builder.build_rack().spec
+        trained = {stack.uid for stack in spec.stacks if (id(builder), stack.uid) in self._trained}
+        stages = stages_from(config, spec, trained, self._steps(dataloader))
+        return self._run(config, builder, stages, dataloader, eval_dataloader)
 
     def train_rack(
         self,
@@ -109,100 +110,85 @@ class ProgressiveTrainer:
         if target_stacks is not None:
             return self.train_progressively(rack_builder, dataloader, target_stacks, eval_dataloader)
         count = len(rack_builder.build_rack().stacks)
-        steps = stage_steps(self.config, _passes(dataloader, self.config))
-        stage = Stage("joint", count, ("all",), steps, trunk_lr=self.config.training.trunk_lr)
-        return self._run(rack_builder, [stage], dataloader, eval_dataloader)
-
-    def _stages(self, builder: ProgressiveRackBuilder, target: int, dataloader: Iterable[Any]) -> list[Stage]:
-        steps = stage_steps(self.config, _passes(dataloader, self.config))
-        progressive = self.config.training.progressive.model_copy(update={"target_stacks": target})
-        training = self.config.training.model_copy(update={"progressive": progressive})
-        config = self.config.model_copy(update={"training": training})
-        templates = append(config, steps)[:target]
-        rack = builder.build_rack()
-        ordered = sorted(rack.stacks, key=lambda stack: stack.build_index)
-        stages = []
-        for k, template in enumerate(templates):
-            if k >= len(ordered):
-                # A builder may hold stacks of its own making, so growth is said here, not by the template.
-                blocks = self.config.model.architecture.blocks_per_stack
-                grow = Growth("append", blocks, progressive.new_stack_init)
-                stages.append(replace(template, grow=grow))
-            elif self._key(builder, ordered[k].uid) not in self._trained:
-                trains = tuple(
-                    f"stack:{ordered[k].stack_id}" if name == "new" else name for name in template.trains
-                )
-                stages.append(replace(template, n_stacks=len(ordered), trains=trains, grow=None))
-        if stages and tunes_jointly(config):
-            stages.append(joint_stage(config, stages))
-        return stages
+        rate = self.config.training.trunk_lr
+        stage = Stage("joint", count, ("all",), self._steps(dataloader), trunk_lr=rate)
+        return self._run(self.config, rack_builder, [stage], dataloader, eval_dataloader)
 
     def _run(
         self,
+        config: StackWiseConfig,
         builder: ProgressiveRackBuilder,
         stages: list[Stage],
         dataloader: Iterable[Any],
         eval_dataloader: Iterable[Any] | None,
     ) -> dict[str, Any]:
-        device = pick_device(self.config.training.device)
-        dtype = pick_dtype(self.config.training.dtype, device)
-
-        def evaluate(rack: Rack) -> dict[str, Any]:
-            assert eval_dataloader is not None
-            total, count = validate(rack, map(as_mapping, eval_dataloader), dtype=dtype)
-            if count == 0:
-                raise ValueError("the evaluation data has no targets")
-            return {"loss": total / count}
-
         with Tracker(self.sinks) as tracker:
-            hooks = Hooks(emit=tracker.emit, evaluate=None if eval_dataloader is None else evaluate)
-            engine = Engine(
-                self.config,
-                builder.build_rack(),
-                stages,
-                CyclingLoader(dataloader),
-                device=device,
-                dtype=dtype,
-                hooks=hooks,
-            )
+            rack = builder.build_rack()
+            engine = self._engine(config, rack, stages, dataloader, eval_dataloader, tracker)
             try:
-                history = engine.run()
+                engine.run()
             finally:
                 builder.replace_rack(engine.rack)
-        rack = builder.build_rack()
-        self._trained |= {self._key(builder, stack.uid) for stack in rack.stacks} if stages else set()
-        records = [self._record(rack, entry) for entry in history]
-        return {
-            "training_history": [r for r in records if r["name"] != "joint"],
-            "joint_tuning": next((r for r in records if r["name"] == "joint"), None),
-            "final_loss": engine.progress.loss_last,
-            "eval_loss": engine.progress.eval_loss,
-            "final_rack_info": builder.get_rack_info(),
-            "total_training_time": engine.progress.seconds,
-            "architecture": {
-                "n_stacks": len(rack.stacks),
-                "blocks_per_stack": [len(stack.blocks) for stack in rack.stacks],
-                "total_blocks": len(rack.spec.blocks),
-                "params": rack.get_parameter_count(),
-                "trainable": rack.get_trainable_parameter_count(),
-            },
-        }
+        if stages:
+            self._trained |= {(id(builder), stack.uid) for stack in engine.rack.stacks}
+        return {**_results(engine), "final_rack_info": builder.get_rack_info()}
 
-    @staticmethod
-    def _key(builder: ProgressiveRackBuilder, uid: str) -> tuple[int, str]:
-        return id(builder), uid
 
-    @staticmethod
-    def _record(rack: Rack, entry: dict[str, Any]) -> dict[str, Any]:
-        """A history entry with the identity of the stack it was about."""
-        trained = [t.removeprefix("stack:") for t in entry["trains"] if t.startswith("stack:")]
-        newest = max((s for s in rack.stacks if s.uid in trained), key=lambda s: s.build_index, default=None)
-        return {
-            **entry,
-            "stack_uid": newest.uid if newest else None,
-            "position": newest.stack_id if newest else None,
-            "build_index": newest.build_index if newest else None,
-        }
+class ArchitectureTrainer(_Trainer):
+    """Trains a finished rack on your own data loader, piece by piece as `training.unit` says.
+
+    `sinks` receive the run's events (`stackwise.tracking.events`); none: silent.
+    """
+
+    def train_architecture(
+        self, rack: Rack, dataloader: Iterable[Any], eval_dataloader: Iterable[Any] | None = None
+    ) -> dict[str, Any]:
+        """One stage per block or stack from the embedding on, or one for the whole rack; norm and head train along.
+
+        The rack is trained in place. Every stage has the budget of `training.max_steps`, or of
+        `training.epochs_per_stack` passes over the loader.
+        """
+        stages = by_unit(self.config, rack.spec, self._steps(dataloader))
+        with Tracker(self.sinks) as tracker:
+            engine = self._engine(self.config, rack, stages, dataloader, eval_dataloader, tracker)
+            engine.run()
+        return _results(engine)
+
+
+def _results(engine: Engine) -> dict[str, Any]:
+    rack, p = engine.rack, engine.progress
+    records = [_record(rack, entry) for entry in p.history]
+    joint = [record for record in records if record["name"].startswith("joint")]
+    return {
+        "training_history": [record for record in records if record not in joint],
+        "joint_tuning": joint[-1] if joint else None,
+        "final_loss": p.loss_last,
+        "eval_loss": p.eval_loss,
+        "total_training_time": p.seconds,
+        "checkpoints": [],  # a rack of one's own has no run folder
+        "architecture": {
+            "n_stacks": len(rack.stacks),
+            "blocks_per_stack": [len(stack.blocks) for stack in rack.stacks],
+            "total_blocks": len(rack.spec.blocks),
+            "params": rack.get_parameter_count(),
+            "trainable": rack.get_trainable_parameter_count(),
+        },
+    }
+
+
+def _record(rack: Rack, entry: dict[str, Any]) -> dict[str, Any]:
+    """A history entry with the identity of the stack it was about; where all train, the one built last."""
+    trained = {unit.partition(":")[2].partition(".")[0] for unit in entry["trains"] if ":" in unit}
+    stack = max((s for s in rack.stacks if s.uid in trained), key=lambda s: s.build_index, default=None)
+    return {
+        **entry,
+        "stack_uid": stack.uid if stack else None,
+        "position": stack.stack_id if stack else None,
+        "build_index": stack.build_index if stack else None,
+        "precision": stack.compute_dtype or "full" if stack else None,
+        "time_step": None,  # the causal objective has no noise
+        "mask_ratio": 0.0,
+    }
 
 
 def _passes(dataloader: Iterable[Any], config: StackWiseConfig) -> int | None:
