@@ -146,6 +146,11 @@ PROVEN_ELSEWHERE = {
     "data.tokenizer": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
     "data.text_key": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
     "data.max_bytes": "tests/data/test_sources.py::test_max_bytes_ends_the_text_at_the_last_whole_character",
+    "training.progressive.cache_activations": "tests/trunk/store/test_decide.py::test_open_prefix_decides_by_the_stage",
+    "training.progressive.cache_dir": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
+    "training.progressive.cache_max_bytes": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
+    "training.progressive.cache_ram_bytes": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
+    "training.progressive.cache_dtype": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
 }
 """Key -> the test, `path::name`, that fails when the key has no effect."""
 
