@@ -54,9 +54,9 @@ def attach(stack: Stack, spec: AdapterSpec, seed: int = 0, prefix: str | None = 
         owner, _, leaf = path.rpartition(".")
         parent = stack.get_submodule(owner)
         layer = getattr(parent, leaf)
-        shape_only = not _holds_values(next(iter([*layer.parameters(), *layer.buffers()])))
+        on_meta = next(iter([*layer.parameters(), *layer.buffers()])).is_meta
         # PEFT draws first values of its own from the global generator
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if shape_only else "cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
             if isinstance(layer, adapted):
                 layer.update_layer(spec.name, **options)
             else:

@@ -59,10 +59,19 @@ class AdaptedLinear(PeftLinear):
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        """Where a new set goes, without unpacking the weight of a frozen format."""
-        tensor = next(iter([*base_layer.parameters(), *base_layer.buffers()]))
-        return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """To where the base is, in fp32 (fp64 on an fp64 base). PEFT would unpack a frozen base to ask it."""
+        base = next(iter([*self.base_layer.parameters(), *self.base_layer.buffers()]))
+        place = base.device if device is None else device
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        for container in dict.fromkeys(self.adapter_layer_names):
+            added: Any = getattr(self, container)
+            if adapter_name in added and any(
+                (p.device, p.dtype) != (place, dtype) for p in added[adapter_name].parameters()
+            ):
+                added[adapter_name].to(place, dtype)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Which sets are active. Unlike PEFT's this turns no gradient on or off: what trains is the stage's matter."""
