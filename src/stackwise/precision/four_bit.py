@@ -142,8 +142,8 @@ class NVFP4(Blocks):
         tensor_scale = (largest.amax() / (6 * 448)).clamp_min(TINY)
         scale = (largest / 6 / tensor_scale).to(torch.float8_e4m3fn)
         total = self.scales({"scale": scale, "tensor_scale": tensor_scale})
-        # Where a block is so small beside the others that its scale rounds to zero, so do its numbers.
-        scaled = blocks / torch.where(total > 0, total, torch.inf)[:, None]
+        # A block so small beside the others that its scale rounds to zero becomes zero, whatever its codes.
+        scaled = blocks / total[:, None]
         codes = _count_above(scaled.abs(), _nvfp4_bounds()).add_(scaled < 0, alpha=8)
         return {"codes": self.pack_codes(codes, weight.numel()), "scale": scale, "tensor_scale": tensor_scale}
 
