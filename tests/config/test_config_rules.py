@@ -84,6 +84,23 @@ BROKEN = [
         "training.optimizer.groups.0",
         "give it lr or weight_decay",
     ),
+    (
+        "training: {progressive: {progressive_qlora: true}}",
+        "training.progressive.progressive_qlora",
+        "set training.progressive.qlora_enabled to true",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, progressive_qlora: true, trunk_lora_mode: merge, "
+        "qlora_method: bottleneck}}",
+        "training.progressive.trunk_lora_mode",
+        "bottlenecks are not linear and cannot be folded into a weight, got 'merge'; allowed: reuse",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, progressive_qlora: true, trunk_lora_mode: merge, "
+        "qlora_method: dora}}",
+        "training.progressive.trunk_lora_mode",
+        "set training.progressive.qlora_method to lora or mora",
+    ),
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),
     ("data: {path: a.txt}", "data.path", "the source stdlib reads no path"),
@@ -123,6 +140,9 @@ ALLOWED = [
     "model: {attention_preset: custom, attention_custom: {attention_mode: causal}}",
     "model: {pos_encoding: learned, use_rope: false}",
     "data: {source: hf, path: [a, b]}",
+    "training: {progressive: {qlora_enabled: true, progressive_qlora: true, qlora_method: dora}}",
+    "training: {progressive: {qlora_enabled: true, progressive_qlora: true, trunk_lora_mode: merge}}",
+    "training: {progressive: {qlora_enabled: true, qlora_method: bottleneck, trunk_lora_mode: merge}}",
 ]
 
 
@@ -199,6 +219,31 @@ NOTED = [
         "training.progressive.enabled is false",
     ),
     ("training: {progressive: {joint_tuning: false, joint_tuning_fraction: 0.5}}", "there is no joint phase"),
+    ("training: {progressive: {qlora_rank: 4}}", "training.progressive.qlora_enabled is false"),
+    (
+        "training: {progressive: {qlora_enabled: true, qlora_rank_pattern: linear}}",
+        "training.progressive.qlora_strategy is not progressive",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, qlora_configs: {0: {rank: 1, alpha: 1}}}}",
+        "training.progressive.qlora_strategy is not variable",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, progressive_qlora_rank: 4}}",
+        "training.progressive.progressive_qlora is false",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, qlora_method: mora, qlora_alpha: 4}}",
+        "training.progressive.qlora_alpha has no effect: MoRA and bottlenecks are not scaled",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, progressive_qlora: true, target_stacks: 1}}",
+        "training.progressive.progressive_qlora has no effect: no stack is added to a trained one",
+    ),
+    (
+        "training: {progressive: {qlora_enabled: true, progressive_qlora: true, progressive_qlora_rank: 16}}",
+        "training.progressive.progressive_qlora_rank is not below qlora_rank",
+    ),
     ("data: {eval_path: b.txt, eval_fraction: 0.5}", "data.eval_path wins"),
     ("data: {packing: false, doc_mask: false}", "data.doc_mask has no effect"),
     ("data: {text_key: body}", "data.text_key has no effect"),

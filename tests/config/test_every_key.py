@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from stackwise import ConfigError, StackWiseConfig
+from stackwise.adapters.ranks import set_of
 from stackwise.config.schema import schema_rows
 from stackwise.config.shape import field_at, names_of
 from stackwise.curriculum.curricula import stages
+from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.model.describe import rack_spec
 from stackwise.model.settings import ATTENTION_TYPES
+from stackwise.model.spec import AdapterSpec, RackSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,8 +82,28 @@ def attention_type(given: dict[str, Any]) -> Proof:
     return proof
 
 
+def sets(to: Any, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that the adapter sets of some stack are others."""
+
+    def described(config: StackWiseConfig) -> list[AdapterSpec]:
+        return [set_of(config.training.progressive, name, b) for name in ("stack", "trunk") for b in range(3)]
+
+    return changes(described, to, given)
+
+
+def stacks(to: Any, given: dict[str, Any] | None = None) -> Proof:
+    """Proof that in some stage the stacks of the rack are others: their storage or their adapter sets."""
+
+    def described(config: StackWiseConfig) -> list[RackSpec]:
+        run = stages(config, steps_per_epoch=100)
+        return stage_specs(config, run, first_spec(config, run), "fp32")
+
+    return changes(described, to, {"model.vocab_size": 97, **STEPS, **(given or {})})
+
+
 CUSTOM = {"model.attention_preset": "custom"}
 STEPS = {"training.max_steps": 100}
+ALONG = {"training.progressive.qlora_strategy": "progressive"}
 
 PROOFS: dict[str, Proof] = {
     "model.d_model": rack(96),
@@ -132,6 +155,24 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.growth_optimizer": course("carry", STEPS),
     "training.progressive.rewarmup_fraction": course(0.5, STEPS),
     "training.progressive.stage_weights": course([2, 1], STEPS),
+    "training.progressive.qlora_enabled": stacks(True),
+    "training.progressive.qlora_rank": sets(4),
+    "training.progressive.qlora_alpha": sets(4.0),
+    "training.progressive.qlora_dropout": sets(0.3),
+    "training.progressive.qlora_method": sets("dora"),
+    "training.progressive.qlora_target_modules": sets(["q", "v"]),
+    "training.progressive.qlora_use_rslora": sets(True),
+    "training.progressive.qlora_strategy": sets(
+        "progressive", {"training.progressive.qlora_rank_pattern": "increasing"}
+    ),
+    "training.progressive.qlora_rank_pattern": sets("linear", ALONG),
+    "training.progressive.qlora_alpha_pattern": sets("linear", ALONG),
+    "training.progressive.qlora_configs": sets(
+        {b: {"rank": 3, "alpha": 1.0} for b in range(3)}, {"training.progressive.qlora_strategy": "variable"}
+    ),
+    "training.progressive.progressive_qlora": stacks(True, {"training.progressive.qlora_enabled": True}),
+    "training.progressive.progressive_qlora_rank": sets(3),
+    "training.progressive.progressive_qlora_alpha": sets(3.0),
 }
 
 PROVEN_ELSEWHERE = {

@@ -115,6 +115,19 @@ JOINED = {
         {"max_stacks": 6, "target_stacks": 5, "stage_weights": [1, 2, 3.5, 4, 5]},
         {"enabled": False, "new_stack_init": "zero"},
         {"joint_tuning": False},
+        {
+            "qlora_enabled": True,
+            "progressive_qlora": True,
+            "qlora_strategy": "variable",
+            "trunk_strategy": "qlora",
+            "joint_tuning_backbone": "qlora",
+        },
+        {
+            "qlora_enabled": True,
+            "progressive_qlora": True,
+            "qlora_method": "mora",
+            "trunk_lora_mode": "merge",
+        },
     ],
     "data": [{"source": "text", "path": "a*.txt"}, {"source": "jsonl", "path": ["a", "b c"]}],
 }
@@ -139,12 +152,20 @@ TAKEN = {
         "source",
         "path",
     ),
+    *("qlora_enabled", "progressive_qlora", "trunk_lora_mode", "trunk_strategy", "joint_tuning_backbone"),
     # Lists of sections whose rules join many keys; tests/curriculum has them.
     *("stacks", "stages", "train_stacks", "growth_factor", "growth_layers"),
 }
 PATTERNED = {
     "run_id": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", fullmatch=True),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps"]),
+    "qlora_configs": st.dictionaries(
+        st.integers(0, 12),
+        st.fixed_dictionaries(
+            {"rank": st.integers(1, 9), "alpha": st.floats(0.5, 9)}, optional={"dropout": st.floats(0, 0.5)}
+        ),
+        max_size=3,
+    ),
     "match": st.sampled_from(["embedding", r"stacks\.s0\..*", "(a|b)$"]),
     "custom_params": st.dictionaries(
         st.sampled_from(["nesterov", "amsgrad", "ns_steps", "odd key: é"]),

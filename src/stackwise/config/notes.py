@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stackwise.config import adapter_rules
 from stackwise.config.rules import appends, copies_stacks, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
@@ -164,6 +165,12 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         lambda c: program_of(c) == "cyclic" and c.training.progressive.cycle_steps is not None,
         "training.progressive.cycle_steps wins",
     ),
+    *adapter_rules.INERT,
+    (
+        "training.progressive.progressive_qlora",
+        lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",
+        "no stack is added to a trained one",
+    ),
     ("data.eval_fraction", lambda c: c.data.eval_path is not None, "data.eval_path wins"),
     ("data.doc_mask", lambda c: not c.data.packing, "without packing a row holds one document"),
     ("data.text_key", lambda c: c.data.source in ("stdlib", "text"), "the source has no fields"),
@@ -174,6 +181,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
 """Key, when it has no effect, and why."""
 
 ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
+    *adapter_rules.ADVICE,
     (
         lambda c: grows(c) and appends(c) and c.model.tie_embeddings is True,
         "model.tie_embeddings: the tied head counts as embedding and stays fixed between the first stage "
