@@ -56,10 +56,13 @@ class Lab:
         return torch.randint(0, self.vocab, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
     def both_ways(self, rack: Rack, prefix: int = 0, ids: Tensor | None = None, **options: Any) -> Tensor:
-        """One pass forward and backward; returns the hidden states."""
+        """One pass forward, under autocast to bfloat16 where `half`, and backward; returns the hidden states."""
         torch.manual_seed(5)  # dropout
-        hidden = rack.forward_features(self.ids() if ids is None else ids, prefix=prefix, **options)
-        rack.head(hidden).float().square().mean().backward()
+        half = options.pop("half", False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            hidden = rack.forward_features(self.ids() if ids is None else ids, prefix=prefix, **options)
+            loss = rack.head(hidden).float().square().mean()
+        loss.backward()
         return hidden.detach()
 
     def gradients(self, rack: Rack) -> dict[str, Tensor]:

@@ -40,10 +40,17 @@ def test_parameters_stay_the_same_objects_with_the_same_values(lab, block, tmp_p
     unpark(block, lab.cpu)
     lab.assert_same(before, block.state_dict())
     assert block.parked is None
-    with torch.no_grad():  # not the memory of the file any more
-        block.ffn.up.weight.add_(1)
-    park(block)
-    assert not torch.equal(block.ffn.up.weight, before["ffn.up.weight"])
+
+
+@pytest.mark.parametrize("leave", [park, lambda block: unpark(block, torch.device("cpu"))])
+def test_what_leaves_a_file_has_memory_of_its_own(lab, block, tmp_path, leave):
+    block.requires_grad_(False)
+    before = values(block)
+    park(block, file=tmp_path / "block.safetensors")
+    mapped = {tensor.data_ptr() for tensor in block.parameters()}
+    leave(block)
+    assert not mapped & {tensor.data_ptr() for tensor in block.parameters()}
+    lab.assert_same(before, block.state_dict())
 
 
 def test_gradients_move_with_their_parameters(block):

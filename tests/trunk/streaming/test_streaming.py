@@ -17,7 +17,9 @@ from stackwise.model.rack import recompute_block
 from stackwise.model.spec import AdapterSpec
 from stackwise.precision.convert import freeze_stack
 from stackwise.trunk import streaming
+from stackwise.trunk.gradients import HostGradients
 from stackwise.trunk.lanes import Lane, host_like
+from stackwise.trunk.ledger import Ledger
 from stackwise.trunk.parking import park
 from stackwise.trunk.residency import reside
 from stackwise.trunk.streaming import Streamer
@@ -72,10 +74,7 @@ def test_every_kind_of_block_can_be_streamed(lab, model, half):
     lab.train(rack, "stack:1", "head")
     twin = streamed(rack, lab.cpu)
     document_ids = torch.tensor([[0] * 5 + [1] * 7] * 3)
-    hidden = []
-    for each in (rack, twin):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            hidden.append(lab.both_ways(each, document_ids=document_ids))
+    hidden = [lab.both_ways(each, document_ids=document_ids, half=half) for each in (rack, twin)]
     assert torch.equal(*hidden)
     lab.assert_same(lab.gradients(rack), lab.gradients(twin))
 
@@ -180,6 +179,60 @@ def test_copies_may_come_as_late_as_they_are_waited_for(lab, trains):
     twin.runner = Streamer(twin.blocks(), lab.cpu, lanes=(up, down))
     assert torch.equal(lab.both_ways(rack, prefix), lab.both_ways(twin, prefix))
     lab.assert_same(lab.gradients(rack), lab.gradients(twin))
+
+
+def test_gradients_share_no_memory_with_each_other_or_with_what_goes_on():
+    """Scaling one of them in place, as clipping does, must scale that one alone."""
+    a, b, c, d = (nn.Parameter(torch.zeros(2, 3)) for _ in range(4))
+    shared, passed, both = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 2, 3)
+
+    class Send(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            sender.send([a, b, c, d], [shared, shared, passed, both[1]], [passed])
+            return grad
+
+    sender = HostGradients(Lane(), Ledger())
+    Send.apply(torch.ones(1, requires_grad=True)).backward()
+    memory = {p.grad.untyped_storage()._cdata for p in (a, b, c, d)}
+    assert len(memory | {passed.untyped_storage()._cdata, both.untyped_storage()._cdata}) == 6
+    assert all(torch.equal(p.grad, torch.ones(2, 3)) for p in (a, b, c, d))
+
+
+def test_gradients_from_another_device_are_waited_for_and_added_on_the_host():
+    events: list[str] = []
+
+    class Watched(Lane):
+        def run(self, copy, *after):
+            events.append("copied")  # nothing can be copied out of the meta device
+            return "arrived"
+
+        def settle(self, mark):
+            events.append(mark)
+
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.register_post_accumulate_grad_hook(lambda p: events.append(f"on the {p.grad.device}"))
+    ledger = Ledger()
+    sender = HostGradients(Watched(), ledger)
+
+    class Send(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            sender.send([parameter], [torch.ones(2, 3, device="meta")], [])
+            assert ledger.live["gradients"] == 24
+            return grad
+
+    Send.apply(torch.ones(1, requires_grad=True)).backward()
+    assert events == ["copied", "arrived", "on the cpu"]
+    assert ledger.live["gradients"] == 0
 
 
 class HostIsOnlyCopied(TorchDispatchMode):
