@@ -28,6 +28,7 @@ _HOMES = {
     "stackwise.planning.plan": ["plan"],
     "stackwise.training.run": ["train"],
     "stackwise.training.trainers": ["ArchitectureTrainer", "ProgressiveTrainer"],
+    "stackwise.trunk.manager": ["MemoryManager"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -36,6 +37,7 @@ __all__ = [
     "ArchitectureTrainer",
     "Block",
     "ConfigError",
+    "MemoryManager",
     "ProgressiveDataLoader",
     "ProgressiveRackBuilder",
     "ProgressiveTrainer",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train
     from stackwise.training.trainers import ArchitectureTrainer, ProgressiveTrainer
+    from stackwise.trunk.manager import MemoryManager
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from stackwise.cli import (
+    cache,
     chat,
     config,
     data,
@@ -96,6 +97,7 @@ app.command("chat", short_help="Continue one prompt after another.")(chat.chat)
 app.command("eval", short_help="Measure a run on its held-out text.")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.command("report", short_help="Build the report of a run again.")(report.report)
+app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")

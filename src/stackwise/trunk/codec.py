@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STORED = ("float32", "bfloat16", "fp8")
-"""Number formats of a store."""
+from stackwise.trunk.layout import STORED, entry_bytes
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
@@ -52,11 +51,3 @@ class Codec:
     def round(self, x_BTD: Tensor) -> Tensor:
         """What a store would give back for `x_BTD`."""
         return self.decode(self.encode(x_BTD), x_BTD.dtype)
-
-
-def entry_bytes(shape: tuple[int, int], dtype: str) -> int:
-    """Bytes of one sample's boundary output [T, D]."""
-    tokens, width = shape
-    return tokens * width * {"float32": 4, "bfloat16": 2, "fp8": 1}[dtype] + (
-        4 * tokens if dtype == "fp8" else 0
-    )

@@ -21,11 +21,12 @@ from stackwise.trunk.layout import (
     Header,
     Index,
     file_size,
+    folder_bytes,
     read_index,
     record,
-    remove_store,
     shard_path,
 )
+from stackwise.trunk.listing import remove_store
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -267,11 +268,6 @@ class DiskStore:
             os.close(fd)
         self._fds.clear()
         self._maps.clear()
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files of a store."""
-    return sum(file_size(path) for path in folder.iterdir())
 
 
 def _map(path: Path) -> Bytes:

@@ -1,4 +1,4 @@
-"""The files of one store of activations, and what can be done with them from outside.
+"""The files of one store of activations.
 
     store.json        what the entries are: key, shape, formats (see `Header`)
     shard-00000.bin   slots of equal size, one entry in each, `per_shard` of them
@@ -17,18 +17,19 @@ import struct
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from stackwise.trunk import files
-from stackwise.trunk.codec import STORED, entry_bytes
-from stackwise.trunk.errors import CacheError, CacheInUseError
+from stackwise.trunk.errors import CacheError
 
 FORMAT = "stackwise-activations"
 VERSION = 1
 SHARD_BYTES = 256 * 2**20
 """Shards hold as many whole entries as fit, at least one."""
+
+STORED = ("float32", "bfloat16", "fp8")
+"""Number formats of a store."""
 
 RECORD = struct.Struct("<QQII")
 _MAX_HEADER = 2**20
@@ -130,6 +131,14 @@ def read_index(folder: Path, header: Header) -> tuple[Index, int, int]:
     return entries, bad, count
 
 
+def entry_bytes(shape: tuple[int, int], dtype: str) -> int:
+    """Bytes of one sample's boundary output [T, D]; fp8 has a scale of 4 bytes per token."""
+    tokens, width = shape
+    return tokens * width * {"float32": 4, "bfloat16": 2, "fp8": 1}[dtype] + (
+        4 * tokens if dtype == "fp8" else 0
+    )
+
+
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.bin"
 
@@ -142,49 +151,9 @@ def file_size(path: Path) -> int:
         return 0
 
 
-def verify_store(folder: Path) -> tuple[int, list[str]]:
-    """Read every entry: how many are whole, and what is damaged, each with its file. Raises CacheError for the header."""
-    header = Header.read(folder)
-    entries, bad, count = read_index(folder, header)
-    damage = [f"{folder / 'index.bin'}: {bad} of {count} records"] if bad else []
-    whole, size = 0, header.entry_bytes
-    by_slot = sorted((slot, crc, entry % header.n_samples) for entry, (slot, crc) in entries.items())
-    for shard, slots in groupby(by_slot, lambda row: row[0] // header.per_shard):
-        path, hurt = shard_path(folder, shard), []
-        if not path.exists():
-            damage.append(f"{path} is missing")
-            continue
-        with open(files.open_file(path), "rb") as stream:
-            for slot, crc, sample in slots:
-                stream.seek(header.place(slot)[1])
-                data = stream.read(size)
-                if len(data) == size and zlib.crc32(data) == crc:
-                    whole += 1
-                else:
-                    hurt.append(str(sample))
-        if hurt:
-            more = f" and {len(hurt) - 8} more" if len(hurt) > 8 else ""
-            damage.append(f"{path}: activations of sample {', '.join(hurt[:8])}{more}")
-    return whole, damage
-
-
-def remove_store(folder: Path) -> int:
-    """Delete the files of a store, the index first; bytes freed. Raises CacheInUseError while somebody writes to it."""
-    lock = files.FolderLock(folder)
-    if not lock.acquire():
-        raise CacheInUseError(
-            f"{folder} is being written by another process; stop it or wait until it ends", path=folder
-        )
-    try:
-        freed, names = 0, ["index.bin", *(path.name for path in folder.glob("shard-*.bin")), "store.json.new"]
-        for path in [folder / name for name in (*names, "store.json", "LOCK")]:
-            freed += file_size(path)
-            path.unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    finally:
-        lock.release()
-    return freed
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files of a store."""
+    return sum(file_size(path) for path in folder.iterdir())
 
 
 def clear_hint(folder: Path) -> str:

@@ -4,52 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stackwise.trunk.budget import Budget
 from stackwise.trunk.decide import Room
-from stackwise.trunk.disk import folder_bytes
-from stackwise.trunk.errors import CacheError, CacheInUseError
-from stackwise.trunk.layout import Header, read_index, remove_store
+from stackwise.trunk.errors import CacheInUseError
+from stackwise.trunk.listing import list_stores, remove_store
 from stackwise.trunk.settings import TrunkKeys
 from stackwise.trunk.store import ActivationStore, StoreStats, store_name
 
 FREE_SHARE = 0.8
 """Share of the free disk that stores may take where nothing else is said."""
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """A store as it lies on the disk. `used`: when a run last wrote to it, in seconds since 1970."""
-
-    name: str
-    path: Path
-    bytes: int
-    used: float
-    header: Header | None
-    entries: int
-    damage: str = ""
-    """Why the store cannot be used; empty for a whole one."""
-
-
-def list_stores(directory: str | Path) -> list[StoreInfo]:
-    """The stores in a folder, the one used longest ago first. Folders of other kinds do not count."""
-    found = []
-    directory = Path(directory)
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if path.is_symlink() or not (path / "store.json").is_file():
-            continue
-        header, entries, damage = None, 0, ""
-        try:
-            header = Header.read(path)
-            entries = len(read_index(path, header)[0])
-        except CacheError as error:
-            damage = str(error)
-        used = (path / "store.json").stat().st_mtime
-        found.append(StoreInfo(path.name, path, folder_bytes(path), used, header, entries, damage))
-    return sorted(found, key=lambda info: (info.used, info.name))
 
 
 class MemoryManager:

@@ -9,8 +9,8 @@ import pytest
 from stackwise.model.flops import block_forward_flops
 from stackwise.model.spec import BlockSpec
 from stackwise.trunk.cached import open_prefix
-from stackwise.trunk.codec import entry_bytes
 from stackwise.trunk.decide import NOMINAL, Rates, Room, Work, decide, store_seconds
+from stackwise.trunk.layout import entry_bytes
 from stackwise.trunk.manager import MemoryManager
 
 WORK = Work(samples=1000, visits=3000, entry_bytes=10**6, prefix_flops=4e9, fill_flops=1e9)

@@ -12,7 +12,8 @@ import torch
 
 from stackwise.trunk import disk, files
 from stackwise.trunk.errors import CacheError, CacheInUseError
-from stackwise.trunk.layout import Header, remove_store, verify_store
+from stackwise.trunk.layout import Header
+from stackwise.trunk.listing import remove_store, verify_store
 
 IDS = torch.arange(12)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stackwise.trunk import files
-from stackwise.trunk.manager import MemoryManager, free_bytes, list_stores
+from stackwise.trunk.listing import list_stores
+from stackwise.trunk.manager import MemoryManager, free_bytes
 from stackwise.trunk.settings import TrunkKeys
 
 IDS = torch.arange(12)

@@ -9,7 +9,8 @@ import torch
 
 from stackwise.trunk.budget import Budget
 from stackwise.trunk.errors import CacheError
-from stackwise.trunk.layout import RECORD, verify_store
+from stackwise.trunk.layout import RECORD
+from stackwise.trunk.listing import verify_store
 
 IDS = torch.tensor([3, 0, 7, 11])
 
