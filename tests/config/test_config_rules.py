@@ -101,6 +101,16 @@ BROKEN = [
         "training.progressive.trunk_lora_mode",
         "set training.progressive.qlora_method to lora or mora",
     ),
+    (
+        "training: {progressive: {new_stack_precision: qlora}}",
+        "training.progressive.new_stack_precision",
+        "set training.progressive.qlora_enabled to true, or choose nf4",
+    ),
+    (
+        "training: {progressive: {new_stack_precision: qlora, qlora_enabled: true, trunk_precision: fp8}}",
+        "training.progressive.trunk_precision",
+        "stored as nf4 from the start, got 'fp8'; allowed: nf4, null",
+    ),
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),
     ("data: {path: a.txt}", "data.path", "the source stdlib reads no path"),
@@ -141,6 +151,7 @@ ALLOWED = [
     "model: {pos_encoding: learned, use_rope: false}",
     "data: {source: hf, path: [a, b]}",
     "training: {progressive: {qlora_enabled: true, progressive_qlora: true, qlora_method: dora}}",
+    "training: {progressive: {new_stack_precision: qlora, qlora_enabled: true, trunk_precision: nf4}}",
     "training: {progressive: {qlora_enabled: true, progressive_qlora: true, trunk_lora_mode: merge}}",
     "training: {progressive: {qlora_enabled: true, qlora_method: bottleneck, trunk_lora_mode: merge}}",
 ]
@@ -243,6 +254,15 @@ NOTED = [
     (
         "training: {progressive: {qlora_enabled: true, progressive_qlora: true, progressive_qlora_rank: 16}}",
         "training.progressive.progressive_qlora_rank is not below qlora_rank",
+    ),
+    (
+        "training: {progressive: {trunk_precision: nf4, trunk_strategy: trainable}}",
+        "training.progressive.trunk_precision has no effect: no stack is ever frozen",
+    ),
+    ("training: {progressive: {trunk_precision: nf4, enabled: false}}", "no stack is ever frozen"),
+    (
+        "training: {progressive: {fake_quant: true, trunk_precision: fp32}}",
+        "training.progressive.fake_quant has no effect: frozen stacks are stored in fp32",
     ),
     ("data: {eval_path: b.txt, eval_fraction: 0.5}", "data.eval_path wins"),
     ("data: {packing: false, doc_mask: false}", "data.doc_mask has no effect"),

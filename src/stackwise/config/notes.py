@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stackwise.config import adapter_rules
+from stackwise.config import adapter_rules, precision_rules
 from stackwise.config.rules import appends, copies_stacks, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         "training.progressive.cycle_steps wins",
     ),
     *adapter_rules.INERT,
+    *precision_rules.INERT,
     (
         "training.progressive.progressive_qlora",
         lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",

@@ -1,0 +1,68 @@
+"""Rules about precision, and its keys that have no effect beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stackwise.config.errors import Problem
+from stackwise.config.rules import program_of, rule, stacks_at_the_end
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+KEY = "training.progressive."
+
+
+@rule(KEY + "new_stack_precision", KEY + "qlora_enabled")
+def qlora_stacks_have_adapters(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    if progressive.new_stack_precision != "qlora" or progressive.qlora_enabled:
+        return None
+    return Problem(
+        KEY + "new_stack_precision",
+        "trains adapters over a base that stays as it is, but training.progressive.qlora_enabled is false",
+        "qlora",
+        hint="set training.progressive.qlora_enabled to true, or choose nf4, which trains the weights and stores them "
+        "as nf4 afterwards",
+    )
+
+
+@rule(KEY + "trunk_precision", KEY + "new_stack_precision")
+def qlora_bases_are_nf4(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    if progressive.new_stack_precision != "qlora" or progressive.trunk_precision in (None, "nf4"):
+        return None
+    return Problem(
+        KEY + "trunk_precision",
+        "cannot be chosen: the base of a qlora stack is stored as nf4 from the start",
+        progressive.trunk_precision,
+        "nf4, null",
+    )
+
+
+def freezes_stacks(config: StackWiseConfig) -> bool:
+    """Whether the run ever leaves a trained stack out of training."""
+    program, strategy = program_of(config), config.training.progressive.trunk_strategy
+    if program == "end_to_end":
+        return strategy == "qlora"
+    if program in ("append", "prepend"):
+        return strategy != "trainable" and stacks_at_the_end(config) > 1
+    return program == "by_hand" or (program in ("independent", "cyclic") and stacks_at_the_end(config) > 1)
+
+
+def _stores_in_full(config: StackWiseConfig) -> bool:
+    progressive = config.training.progressive
+    chosen = progressive.trunk_precision
+    return chosen == "fp32" or (chosen is None and progressive.new_stack_precision == "full")
+
+
+INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
+    (
+        KEY + "trunk_precision",
+        lambda c: not freezes_stacks(c) and not c.training.progressive.fake_quant,
+        "no stack is ever frozen",
+    ),
+    (KEY + "fake_quant", _stores_in_full, "frozen stacks are stored in fp32, which rounds nothing"),
+]
+"""Key, when it has no effect, and why."""
