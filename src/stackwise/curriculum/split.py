@@ -147,7 +147,9 @@ def apply_training(rack: Rack, units: Iterable[str], alone: int | None = None) -
     rack.training = True
     if rack.dropout is not None:
         rack.dropout.train("embedding" in wanted)
-    return split_of(rack, alone)
+    split = split_of(rack, alone)
+    rack.span = (0, None) if alone is None else (split.start, split.stop)
+    return split
 
 
 def _rows(rack: Rack) -> Iterator[tuple[set[str], list[nn.Module]]]:

@@ -71,7 +71,11 @@ class TokenLoader:
             raise ValueError(f"rank is {rank}, outside 0 to {world_size - 1}")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, but must be 0 or more")
-        self._rows = make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
+        self._make = lambda length: make_rows(
+            split, length, packing=packing, doc_mask=doc_mask, pad_id=pad_id
+        )
+        self._rows = self._make(seq_len)
+        self._usual = (seq_len, batch_size)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         # The order means nothing for other rows, so a saved position names the rows it was made for.
@@ -133,6 +137,29 @@ class TokenLoader:
             order = permutation(self.rows, self.seed, epoch) if self.shuffle else np.arange(self.rows)
             self._orders[epoch] = order
         return self._orders[epoch]
+
+    def seek(self, batches: int) -> None:
+        """Go to the batch that follows the first `batches` of the stream."""
+        self.close()
+        self._cursor = batches * self.batch_size * self.world_size
+
+    def reshape(self, seq_len: int | None, batch_size: int | None) -> None:
+        """Hand out rows of another length, or another number of them; null: what the loader was made with.
+
+        Rows of another length are other samples in another order: the stream then goes on behind as many tokens as
+        it has handed out. Raises: DataError when the split does not fill a row.
+        """
+        length, rows, held = seq_len or self._usual[0], batch_size or self._usual[1], self._stream["seq_len"]
+        if (length, rows) == (held, self.batch_size):
+            return
+        self.close()
+        self.batch_size = rows
+        if length == held:
+            return
+        self._cursor = math.ceil(self._cursor * held / length)
+        self._rows = self._make(length)
+        self._stream |= {"rows": self._rows.n_rows, "seq_len": length}
+        self._orders.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, JSON-able: where the next batch begins, for all ranks."""

@@ -59,4 +59,4 @@ class KVCache:
     @property
     def length(self) -> int:
         """Tokens held."""
-        return self.blocks[0].length if self.blocks else 0
+        return max((block.length for block in self.blocks), default=0)

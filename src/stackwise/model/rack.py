@@ -107,6 +107,8 @@ class Rack(PlainNames):
         self.head = Head(d_model, spec.vocab_size, self.embedding if spec.tied else None)
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.runner: Runner = run_block
+        self.span: tuple[int, int | None] = (0, None)
+        """The blocks that run, from one to before another; all, but while a stack trains alone."""
         start = Start.of(spec, seed)
         zero_head = bool(spec.blocks) and all(block.zero_init_outputs for block in spec.blocks)
         for name, child in self.named_children():
@@ -203,11 +205,12 @@ class Rack(PlainNames):
         `prefix`: how many leading units (embedding, then blocks) run without gradient; see `curriculum.split`.
         """
         context = self.make_context(input_ids, attention_mask, position_ids, document_ids, cache)
-        blocks = max(0, prefix - 1)
+        start, stop = self.span
+        blocks = max(start, prefix - 1)
         with torch.no_grad() if prefix else nullcontext():
             x_BTD = self.embed(input_ids, context)
-            x_BTD = self.run(x_BTD, context, 0, blocks, cache)
-        x_BTD = self.run(x_BTD, context, blocks, None, cache)
+            x_BTD = self.run(x_BTD, context, start, blocks, cache)
+        x_BTD = self.run(x_BTD, context, blocks, stop, cache)
         hidden: Tensor = self.norm(x_BTD)
         return hidden
 

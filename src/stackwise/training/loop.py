@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import realise
-from stackwise.curriculum.specs import stage_spec
+from stackwise.curriculum.specs import stage_spec, stage_specs
 from stackwise.curriculum.stage import Stage
 from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack
@@ -32,9 +32,10 @@ from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in, run_format
 from stackwise.training.errors import Interrupted, NumericError
 from stackwise.training.interrupt import InterruptGuard
-from stackwise.training.optim import Optimizers, carried
+from stackwise.training.optim import Optimizers, OptimizerState, carried
+from stackwise.training.parked import resting
 from stackwise.training.progress import Progress
-from stackwise.training.schedule import lr_factor
+from stackwise.training.schedule import stage_factor
 from stackwise.training.stage_setup import StageSetup, set_up
 from stackwise.trunk.manager import MemoryManager
 
@@ -42,9 +43,14 @@ Event = dict[str, Any]
 
 
 class Loader(Protocol):
-    """An endless stream of batches whose position can be saved."""
+    """An endless stream of batches whose position can be saved.
+
+    `seek` goes to the batch after `batches` ones from the start; `reshape` changes rows and batches, null to the usual.
+    """
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
+    def seek(self, batches: int) -> None: ...
+    def reshape(self, seq_len: int | None, batch_size: int | None) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -90,6 +96,8 @@ class Engine:
         self.run_format = run_format(config, dtype, device)
         self.identity, self.manager = identity, MemoryManager.of(config.training.progressive)
         self.optimizers: Optimizers | None = None
+        self.parked: OptimizerState = {}
+        """Moments of parameters that rest now and train again later."""
         self.setup: StageSetup | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         chunk = config.training.loss_chunk_tokens
@@ -126,7 +134,9 @@ class Engine:
 
     def _begin(self, stage: Stage) -> None:
         """Grow, store what froze, attach adapters, freeze, and build the optimizer of a stage."""
-        p, before = self.progress, {} if self.optimizers is None else self.optimizers.state()
+        p, before = self.progress, dict(self.parked)
+        if self.optimizers is not None:
+            before.update(self.optimizers.state())
         uids = {s.uid for s in self.rack.spec.stacks}
         if stage.grow is not None and p.eval_loss is not None:
             self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
@@ -138,8 +148,15 @@ class Engine:
         self._set_up(stage)
         assert self.optimizers is not None
         self.optimizers.load(carried(before, stage.optimizer_state, copies))
+        later = self.stages[p.stage + 1 :]
+        specs = stage_specs(self.config, later, spec, self.run_format)
+        self.parked = resting(before, self.optimizers.names.values(), later, specs)
+        self.loader.reshape(stage.seq_len, stage.batch_size)
+        if stage.data_start is not None:
+            self.loader.seek(stage.data_start * training.gradient_accumulation_steps)
+        self._batches = iter(self.loader)
         grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
-        self.hooks.emit(records.stage_start(self.rack, self.setup, self.progress, stage, grown))
+        self._announce(stage, grown)
         if stage.grow is not None and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
@@ -168,9 +185,13 @@ class Engine:
 
     def restore(self, optimizer_state: dict[str, dict[str, Tensor]], scaler: dict[str, Any] | None) -> None:
         """Rebuild what surrounds a loaded rack: split, optimizer and moments of the stage in progress."""
-        self._set_up(self.stages[self.progress.stage])
-        assert self.optimizers is not None
-        self.optimizers.load(optimizer_state)
+        training: set[str] = set()
+        if self.progress.begun:
+            self._set_up(self.stages[self.progress.stage])
+            assert self.optimizers is not None
+            self.optimizers.load(optimizer_state)
+            training = set(self.optimizers.names.values())
+        self.parked = {name: held for name, held in optimizer_state.items() if name not in training}
         if scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -187,15 +208,9 @@ class Engine:
         training, p, optimizers = self.config.training, self.progress, self.optimizers
         assert optimizers is not None
         started = time.perf_counter()
-        factor = lr_factor(
-            p.stage_step,
-            stage.steps,
-            kind=training.lr_schedule,
-            warmup=stage.warmup_steps,
-            min_ratio=training.min_lr_ratio,
-            decay_fraction=training.decay_fraction,
-        )
-        self.lr = optimizers.set_factor(factor)
+        # What a step draws at random depends on its place in the data, so that stages which restart there repeat.
+        draw = p.step if stage.data_start is None else stage.data_start + p.stage_step
+        self.lr = optimizers.set_factor(stage_factor(stage, p.stage_step, training), draw)
         batches = [next(self._batches) for _ in range(training.gradient_accumulation_steps)]
         examples = [self.objective.corrupt(self._to_device(batch)) for batch in batches]
         # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
@@ -205,7 +220,7 @@ class Engine:
         with nullcontext() if counted is None else counted.counting():
             for index, example in enumerate(examples):
                 if self._has_dropout:
-                    key = (p.step, index)
+                    key = (draw, index)
                     torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
                 loss = self._loss(example) / weight
                 self.scaler.scale(loss).backward()
@@ -306,6 +321,7 @@ class Engine:
             self._sample()
 
     def _finish(self, stage: Stage) -> None:
+        assert self.setup is not None
         p = self.progress
         if self._saved_step != p.step:
             self._save(f"stage-{p.stage + 1:02d}")

@@ -74,6 +74,12 @@ def train(
         folder.write_environment()
         corpus.tokenizer.save(folder.tokenizer)
         hooks = _hooks(resolved, corpus, folder, store, metrics, tracker, device, dtype)
+        where: Where = {
+            "device": device,
+            "dtype": dtype,
+            "hooks": hooks,
+            "identity": identity_of(resolved, corpus, device, dtype),
+        }
         if commit is None:
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
@@ -175,7 +181,11 @@ def _restore(
     where: Where,
 ) -> Engine:
     meta = state.read_meta(store, commit)
+    stages, progress = state.stages_of(meta), state.progress_of(meta)
     try:
+        if progress.begun:
+            stage = stages[progress.stage]
+            loader.reshape(stage.seq_len, stage.batch_size)
         loader.load_state_dict(meta["loader"])
     except DataError as error:
         raise IncompatibleResumeError(str(error)) from None
@@ -183,9 +193,9 @@ def _restore(
     engine = Engine(
         config,
         state.load_rack(store, commit, meta),
-        state.stages_of(meta),
+        stages,
         loader,
-        progress=state.progress_of(meta),
+        progress=progress,
         **where,
     )
     engine.restore(state.load_optimizer_state(store, commit), meta["scaler"])

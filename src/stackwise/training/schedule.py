@@ -4,6 +4,28 @@ from __future__ import annotations
 
 import math
 
+from stackwise.curriculum.stage import Stage
+from stackwise.training.settings import TrainingSettings
+
+
+def stage_factor(stage: Stage, step: int, training: TrainingSettings) -> float:
+    """Factor on the peak rate at the step-th step of a stage (0-based).
+
+    In a schedule that stages share, each still warms up by itself.
+    """
+    start, total = stage.schedule or (0, stage.steps)
+    factor = lr_factor(
+        start + step,
+        total,
+        kind=training.lr_schedule,
+        warmup=0 if stage.schedule else stage.warmup_steps,
+        min_ratio=training.min_lr_ratio,
+        decay_fraction=training.decay_fraction,
+    )
+    if stage.schedule and step < stage.warmup_steps:
+        factor *= (step + 1) / (stage.warmup_steps + 1)
+    return factor
+
 
 def lr_factor(
     step: int,

@@ -30,10 +30,10 @@ def parts_of(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """All tensors of a run by part."""
     rack = engine.rack
     parts = {f"{part}/weights": tensors for part, tensors in rack.parts().items()}
-    if engine.optimizers is not None:
-        for name, moments in engine.optimizers.state().items():
-            held = parts.setdefault(f"{rack.part_of(name)}/optimizer", {})
-            held.update({f"{name}::{moment}": tensor for moment, tensor in moments.items()})
+    live = {} if engine.optimizers is None else engine.optimizers.state()
+    for name, moments in {**engine.parked, **live}.items():
+        held = parts.setdefault(f"{rack.part_of(name)}/optimizer", {})
+        held.update({f"{name}::{moment}": tensor for moment, tensor in moments.items()})
     return parts
 
 
