@@ -266,6 +266,7 @@ def test_sets_stay_fp32_and_compute_in_fp32_under_autocast(rack, method):
     x = torch.randn(5, 24).bfloat16().float()
     change = layer(x) - layer.base_layer(x)
     with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
         if method in ("lora", "mora"):
             calls = []
             layer.base_layer.register_forward_hook(lambda *_: calls.append(1) or torch.zeros(5, 24))

@@ -41,8 +41,7 @@ def fold(stack: Stack, name: str | None = None) -> None:
     A stack in a frozen format becomes plain fp32, all of it. Layers without a set left are plain linear layers again. A
     bottleneck set, or one part of what a DoRA set goes on scaling: ValueError.
     """
-    names = _foldable(stack, name)
-    _leave_no_dora(stack, names)
+    names = check_fold(stack, name)
     for _, layer in adapted_layers(stack):
         here = [n for n in names if layer.method_of(n) is not None]
         weight = layer.weight_with(here)
@@ -63,8 +62,7 @@ def merge_and_requantise(stack: Stack, name: str, seed: int = 0, restart: int = 
     `restart`: the how-manieth time, from 1; each draws first values of its own. What the format cannot hold of the
     change is lost. The optimizer's moments of the set are stale afterwards. Errors are those of `fold`.
     """
-    names = _foldable(stack, name)
-    _leave_no_dora(stack, names)
+    names = check_fold(stack, name)
     for _, layer in adapted_layers(stack, name):
         layer.unmerge()
         weight = layer.weight_with(names)
@@ -84,6 +82,13 @@ def folded_weights(stack: Stack) -> dict[str, Tensor]:
         )
         for path, layer in adapted_layers(stack)
     }
+
+
+def check_fold(stack: Stack, name: str | None = None) -> list[str]:
+    """The names of the sets that `fold` would fold; what it would refuse is a ValueError."""
+    names = _foldable(stack, name)
+    _leave_no_dora(stack, names)
+    return names
 
 
 def _foldable(stack: Stack, name: str | None) -> list[str]:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stackwise.adapters.ranks import STACK
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
 from stackwise.config.shape import names_of
+from stackwise.curriculum.assemble import build_rack
+from stackwise.curriculum.builder_adapters import BuilderAdapters
 from stackwise.curriculum.growth import adopt, grow
 from stackwise.curriculum.layout import new_stack
 from stackwise.curriculum.settings import CurriculumKeys
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("full",)
 
 
-class ProgressiveRackBuilder:
+class ProgressiveRackBuilder(BuilderAdapters):
     """Builds a rack stack by stack.
 
     Give a config, or dimensions, or both if they agree (else ValueError); neither is a TypeError. `build_rack` always
@@ -72,26 +75,45 @@ class ProgressiveRackBuilder:
         return 0 if self._rack is None else len(self._rack.stacks)
 
     def append_stack(
-        self, stack: Stack | None = None, n_blocks: int | None = None, precision: str | None = None
+        self,
+        stack: Stack | None = None,
+        n_blocks: int | None = None,
+        precision: str | None = None,
+        qlora_rank: int | None = None,
+        qlora_alpha: float | None = None,
     ) -> Stack:
         """Add a stack at the right end, next to the head. The first starts random, later ones by `new_stack_init`.
 
-        `stack`: a module of your own to add as it is. More than `max_stacks`, another width, n_blocks < 1 or an
-        unknown precision: ValueError.
+        `stack`: a module of your own to add as it is. With `training.progressive.qlora_enabled`, or a `qlora_rank` or
+        `qlora_alpha` of its own, the stack gets an adapter set `stack`; with `progressive_qlora` the older ones get a
+        set `trunk`. More than `max_stacks`, another width, n_blocks < 1, an unknown precision or a rank < 1: ValueError.
         """
-        return self._add(stack, n_blocks, precision, at_left=False, init=self._init)
+        planned = self._planned_set(self._next_index, qlora_rank, qlora_alpha)
+        added = self._add(stack, n_blocks, precision, at_left=False, init=self._init)
+        return self._adapt(added, planned)
 
     def prepend_stack(
-        self, stack: Stack | None = None, n_blocks: int | None = None, precision: str | None = None
+        self,
+        stack: Stack | None = None,
+        n_blocks: int | None = None,
+        precision: str | None = None,
+        qlora_rank: int | None = None,
+        qlora_alpha: float | None = None,
     ) -> Stack:
         """Add a stack at the left end, next to the embedding; otherwise like `append_stack`."""
-        return self._add(stack, n_blocks, precision, at_left=True, init=self._init)
+        planned = self._planned_set(self._next_index, qlora_rank, qlora_alpha)
+        added = self._add(stack, n_blocks, precision, at_left=True, init=self._init)
+        return self._adapt(added, planned)
 
     def fill(self, n_stacks: int) -> None:
         """Add random stacks, next to the head or under prepend and independent to the embedding, up to `n_stacks`."""
         while self.n_stacks < n_stacks:
             at_left = self.building_mode in ("prepend", "independent")
             self._add(None, None, None, at_left, "random")
+
+    @property
+    def _next_index(self) -> int:
+        return new_stack(() if self._rack is None else self._rack.spec.stacks, ()).build_index
 
     @property
     def _init(self) -> str:
@@ -189,6 +211,8 @@ class ProgressiveRackBuilder:
             "n_blocks": len(stack.blocks),
             "precision": self.default_precision,
             "weight_format": str(first.dtype).removeprefix("torch."),
+            "lora": {spec.name: {"rank": spec.rank, "alpha": spec.alpha} for spec in stack.adapters},
+            "qlora_rank": next((spec.rank for spec in stack.adapters if spec.name == STACK), None),
             "frozen": trainable == 0,
             "total_parameters": sum(p.numel() for p in stack.parameters()),
             "trainable_parameters": trainable,
@@ -234,7 +258,7 @@ class ProgressiveRackBuilder:
         """Load a saved rack; an empty builder takes its description, another must have the same shape (ValueError)."""
         tensors, facts = load_tensors(path, kind="rack")
         if self._rack is None:
-            self._rack = Rack(RackSpec.from_dict(json.loads(facts["spec"])))
+            self._rack = build_rack(RackSpec.from_dict(json.loads(facts["spec"])))
         _load(self._rack, tensors, path)
         return True
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from stackwise.curriculum.layout import Copies, lay_out
 from stackwise.curriculum.stage import Growth
@@ -72,17 +73,29 @@ def adopt(rack: Rack, spec: RackSpec, seed: int, own: dict[str, Stack] | None = 
 
 @torch.no_grad()
 def copy_blocks(old: Rack, new: Rack, sources: Copies) -> None:
-    """Give the blocks of `new` the values of those of `old` they are made after, adapters left out."""
+    """Give the blocks of `new` the values of those of `old` they are made after.
+
+    What adapters have learned is folded into the weights of the copy, as far as that can be (not bottlenecks).
+    """
     values = {
         f"stacks.{stack.uid}.{name}": tensor
         for stack in old.stacks
-        for name, tensor in dense_tensors(stack).items()
+        for name, tensor in _plain_tensors(stack).items()
     }
     targets = new.state_dict()
     for target, source in sources.items():
         for name, tensor in targets.items():
             if name.startswith(target):
                 tensor.copy_(values[source + name.removeprefix(target)])
+
+
+def _plain_tensors(stack: Stack) -> dict[str, Tensor]:
+    tensors = dense_tensors(stack)
+    if stack.adapters:
+        from stackwise.adapters.merge import folded_weights
+
+        tensors |= folded_weights(stack)
+    return tensors
 
 
 @torch.no_grad()
