@@ -241,14 +241,15 @@ def test_the_fast_route_of_fp8_is_the_formula_to_the_last_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(256, 256), (1100, 64), (3, 192 * 130), (257, 320)])
+@pytest.mark.parametrize("shape", [(256, 256), (1100, 64), (3, 192 * 130), (257, 320), (700, 96), (5, 20000)])
 def test_bitsandbytes_gives_the_same_numbers_to_the_last_bit(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     pytest.importorskip("bitsandbytes")
     chosen, weight = FORMATS["nf4"], torch.randn(shape) * torch.rand(shape[0], 1)
     packed = chosen.quantise(weight)
-    assert fast.faster_nf4(packed["codes"], shape, dtype) is not None
+    # rows of half a block get wrong scales from it on some processors, so they do not go there
+    assert (fast.faster_nf4(packed["codes"], shape, dtype) is None) == (shape[1] % 64 != 0)
     reference = chosen.unpack_reference(packed["codes"], chosen.scales(packed), shape, dtype)  # type: ignore[attr-defined]
     assert torch.equal(chosen.dequantise(packed, shape, dtype), reference)
 

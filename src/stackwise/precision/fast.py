@@ -55,7 +55,10 @@ def _bitsandbytes() -> Unpack | None:
 
 
 def faster_nf4(codes: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Unpack | None:
-    """Who unpacks a matrix of this shape faster than PyTorch; null for PyTorch itself."""
+    """Who unpacks a matrix of this shape faster than PyTorch; null for PyTorch itself.
+
+    Where a row is no whole number of blocks, bitsandbytes 0.50 takes wrong scales on CPUs with AVX-512.
+    """
     fits = (
         len(shape) == 2
         and prod(shape) >= WORTH_IT
