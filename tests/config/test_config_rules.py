@@ -111,6 +111,36 @@ BROKEN = [
         "training.progressive.trunk_precision",
         "stored as nf4 from the start, got 'fp8'; allowed: nf4, null",
     ),
+    (
+        "training: {optimizer: {optimizer_type: RAdam, custom_params: {weight_decay: 1}}}",
+        "training.optimizer.custom_params",
+        "set training.optimizer.weight_decay instead",
+    ),
+    (
+        "training: {optimizer: {optimizer_type: SGD, memory: int8}}",
+        "training.optimizer.memory",
+        "of AdamW, Adam, Muon in eight bits, not those of SGD, got 'int8'; allowed: full",
+    ),
+    (
+        "training: {optimizer: {memory: fused}}",
+        "training.max_grad_norm",
+        "got 1.0; allowed: 0; or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {max_grad_norm: 0, gradient_accumulation_steps: 2, optimizer: {memory: fused}}",
+        "training.gradient_accumulation_steps",
+        "allowed: 1; raise training.batch_size instead",
+    ),
+    (
+        "training: {max_grad_norm: 0, on_nonfinite: skip, optimizer: {memory: fused}}",
+        "training.on_nonfinite",
+        "allowed: stop; or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {max_grad_norm: 0, dtype: float16, optimizer: {memory: fused}}",
+        "training.dtype",
+        "allowed: auto, bfloat16, float32",
+    ),
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),
     ("data: {path: a.txt}", "data.path", "the source stdlib reads no path"),
@@ -219,7 +249,7 @@ NOTED = [
         "training: {optimizer: {adam_lr: 1}}",
         "training.optimizer.adam_lr has no effect: the optimizer is not Muon",
     ),
-    ("training: {optimizer: {momentum: 0.5}}", "only SGD and Muon have it"),
+    ("training: {optimizer: {momentum: 0.5}}", "only SGD and Muon read it"),
     (
         "training: {optimizer: {optimizer_type: SGD, betas: [0.5, 0.5]}}",
         "training.optimizer.betas has no effect",

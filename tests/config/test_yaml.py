@@ -129,9 +129,16 @@ JOINED = {
             "trunk_lora_mode": "merge",
         },
     ],
+    "training.optimizer": [
+        {"optimizer_type": "Muon", "memory": "int8"},
+        {"memory": "int8_nomaster"},
+        {"optimizer_type": "RAdam"},
+        {"optimizer_type": "my.own_module:Optimizer1"},
+    ],
     "data": [{"source": "text", "path": "a*.txt"}, {"source": "jsonl", "path": ["a", "b c"]}],
 }
 TAKEN = {
+    *("optimizer_type", "memory"),
     *(
         "d_model",
         "n_heads",

@@ -16,6 +16,7 @@ from stackwise.training.run import train
 END_TO_END = {"training.progressive.enabled": False}
 MUON = {"training.optimizer.optimizer_type": "Muon"}
 SGD = {"training.optimizer.optimizer_type": "SGD"}
+WIDE = {"model.d_model": 64}  # matrices large enough for blocks of 8-bit numbers
 DOCUMENTS = {"data.source": "jsonl", "data.path": "DOCUMENTS", "data.tokenizer": "byte"}
 
 COURSE: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -36,6 +37,7 @@ COURSE: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.optimizer.eps": (1e-2, {}),
     "training.optimizer.momentum": (0.1, SGD),
     "training.optimizer.custom_params": ({"nesterov": True}, SGD),
+    "training.optimizer.memory": ("int8", WIDE),
     "training.optimizer.groups": ([{"match": "norm", "lr": 0.5}], {}),
     "training.optimizer.groups.N.match": (
         [{"match": "attn", "lr": 0.5}],
@@ -65,6 +67,7 @@ EVENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluation.interval": (2, {}),
     "evaluation.batches": (2, {}),
     "checkpoint.save_interval": (2, {}),
+    "training.optimizer.state_device": ("host", {}),
     "generation.max_new_tokens": (9, {}),
     "generation.temperature": (0.0, {}),
     "generation.top_k": (1, {}),

@@ -58,8 +58,8 @@ def _is_set(config: StackWiseConfig, key: str) -> bool:
     return name in section.model_fields_set and getattr(section, name) != default
 
 
-def _optimizer_is(*names: str) -> Callable[[StackWiseConfig], bool]:
-    return lambda config: config.training.optimizer.optimizer_type in names
+def _optimizer_is_not(*names: str) -> Callable[[StackWiseConfig], bool]:
+    return lambda config: config.training.optimizer.optimizer_type not in names
 
 
 def _program_is_not(*names: str) -> Callable[[StackWiseConfig], bool]:
@@ -136,10 +136,18 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         "no stack is added to a trained one",
     ),
     ("training.trunk_lr", lambda c: not trains_the_trunk(c), "older stacks never train again"),
-    ("training.optimizer.adam_lr", _optimizer_is("AdamW", "Adam", "SGD"), "the optimizer is not Muon"),
-    ("training.optimizer.momentum", _optimizer_is("AdamW", "Adam"), "only SGD and Muon have it"),
-    ("training.optimizer.betas", _optimizer_is("SGD"), "SGD has momentum instead"),
-    ("training.optimizer.eps", _optimizer_is("SGD"), "SGD does not divide by moments"),
+    ("training.optimizer.adam_lr", _optimizer_is_not("Muon"), "the optimizer is not Muon"),
+    ("training.optimizer.momentum", _optimizer_is_not("SGD", "Muon"), "only SGD and Muon read it"),
+    (
+        "training.optimizer.betas",
+        _optimizer_is_not("AdamW", "Adam", "Muon"),
+        "only AdamW, Adam and Muon read it",
+    ),
+    (
+        "training.optimizer.eps",
+        _optimizer_is_not("AdamW", "Adam", "Muon"),
+        "only AdamW, Adam and Muon read it",
+    ),
     *((key, _program_is_not(*modes), _why_not) for key, modes in KEYS_OF_MODES.items()),
     *(
         (f"training.progressive.{name}", lambda c: not tunes_jointly(c), "there is no joint phase")

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stackwise.checkpoint.settings import CheckpointSettings
 from stackwise.config import adapter_rules, growth_rules, precision_rules  # noqa: F401 - they add their rules
+from stackwise.config import optimizer_rules  # noqa: F401 - adds its rules
 from stackwise.config.base import Settings
 from stackwise.config.deprecated import translate_deprecated
 from stackwise.config.document import Document, dump

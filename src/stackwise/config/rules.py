@@ -221,33 +221,6 @@ def short_conv_needs_width_and_causality(config: StackWiseConfig) -> Problem | N
     return None
 
 
-@rule("training.optimizer.custom_params")
-def custom_params_repeat_no_key(config: StackWiseConfig) -> Problem | None:
-    own = ("lr", "weight_decay", "betas", "eps", "momentum")
-    given = config.training.optimizer.custom_params
-    if repeated := [name for name in own if name in given]:
-        return Problem(
-            "training.optimizer.custom_params",
-            f"holds {', '.join(repeated)}",
-            given,
-            hint=f"set {', '.join(f'training.optimizer.{name}' for name in repeated)} instead",
-        )
-    if "params" in given:
-        return Problem(
-            "training.optimizer.custom_params", "params is filled in by the trainer", given, hint="remove it"
-        )
-    return None
-
-
-@rule("training.optimizer.groups")
-def groups_change_something(config: StackWiseConfig) -> Problem | None:
-    for index, group in enumerate(config.training.optimizer.groups):
-        if group.lr is None and group.weight_decay is None:
-            key = f"training.optimizer.groups.{index}"
-            return Problem(key, "changes nothing", {"match": group.match}, hint="give it lr or weight_decay")
-    return None
-
-
 @rule("data.path", "data.source")
 def source_and_path_fit(config: StackWiseConfig) -> Problem | None:
     data = config.data

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from stackwise.kernels.embedding import look_up
+from stackwise.kernels.linear import linear
 from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
@@ -81,7 +83,7 @@ class Head(nn.Module):
         return self.weight if self.weight is not None else self._tied[0].weight
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return F.linear(hidden_BTD, self.matrix)
+        return linear(hidden_BTD, self.matrix)
 
 
 class Rack(PlainNames):
@@ -129,6 +131,11 @@ class Rack(PlainNames):
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states outside autocast; single matrices may be kept in another one."""
+        return next(self.norm.parameters(), self.embedding.weight).dtype
 
     def blocks(self) -> list[Block]:
         """All blocks in forward order, the tail last."""
@@ -249,7 +256,8 @@ class Rack(PlainNames):
 
     def look_up(self, input_ids: Tensor) -> Tensor:
         """Token vectors without positions: ids of any shape -> [..., D], a new tensor."""
-        x = self.embedding(input_ids)
+        narrow = self.embedding.weight.dtype != self.dtype
+        x = look_up(input_ids, self.embedding.weight, self.dtype) if narrow else self.embedding(input_ids)
         return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
 
     def embed(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -304,7 +312,7 @@ class Rack(PlainNames):
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty key-value cache for `batch` rows of up to `capacity` tokens."""
         shapes = [(block.n_kv_heads, block.head_dim) for block in self.spec.blocks]
-        return KVCache(shapes, batch, capacity, dtype or self.embedding.weight.dtype, self.device)
+        return KVCache(shapes, batch, capacity, dtype or self.dtype, self.device)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Continue token ids [B, T]; see `stackwise.inference.generate.generate` for the options."""

@@ -223,19 +223,20 @@ class Engine:
                     key = (draw, index)
                     torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
                 loss = self._loss(example) / weight
-                self.scaler.scale(loss).backward()
+                with optimizers.in_backward():
+                    self.scaler.scale(loss).backward()
                 total += loss.detach()
         if self.scaler.is_enabled():
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in optimizers.parameters if p.grad is not None])
+        norm = optimizers.gradient_norm()
         loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
         p.stage_step += 1
         p.step += 1
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             limit = training.max_grad_norm or math.inf
             if norm_value > limit:
-                torch.nn.utils.clip_grads_with_norm_(optimizers.parameters, limit, norm)
+                optimizers.clip(limit, norm)
             self._apply(optimizers)
             self._note_loss(loss_value)
         else:
