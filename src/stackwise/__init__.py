@@ -26,6 +26,7 @@ _HOMES = {
     "stackwise.model.rack": ["Rack"],
     "stackwise.model.settings": ["ArchitectureConfig"],
     "stackwise.planning.plan": ["plan"],
+    "stackwise.precision.manager": ["PrecisionManager"],
     "stackwise.training.run": ["train"],
     "stackwise.training.trainers": ["ArchitectureTrainer", "ProgressiveTrainer"],
     "stackwise.trunk.manager": ["MemoryManager"],
@@ -38,6 +39,7 @@ __all__ = [
     "Block",
     "ConfigError",
     "MemoryManager",
+    "PrecisionManager",
     "ProgressiveDataLoader",
     "ProgressiveRackBuilder",
     "ProgressiveTrainer",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
     from stackwise.planning.plan import plan
+    from stackwise.precision.manager import PrecisionManager
     from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train
     from stackwise.training.trainers import ArchitectureTrainer, ProgressiveTrainer

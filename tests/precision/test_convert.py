@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise import Stack, create_simple_rack
+from stackwise.curriculum.split import apply_training
 from stackwise.model.block import Context
 from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
@@ -263,13 +264,17 @@ def _is_matrix(key: str) -> bool:
 
 @pytest.mark.parametrize("name", STORED)
 def test_thawing_a_stack_never_thaws_its_stored_matrices(name: str) -> None:
-    stack = make().stacks[0]
+    rack = make()
+    stack = rack.stacks[0]
     refuse_bare_training(stack)
     freeze_stack(stack, name)
     with pytest.raises(
         ValueError, match=f"'s0' is stored as {name} and cannot be trained by itself: add adapters"
     ):
         refuse_bare_training(stack)
+    with pytest.raises(ValueError, match="cannot be trained by itself: add adapters"):
+        apply_training(rack, {"block:s0.1", "norm"})
+    apply_training(rack, {"stack:s1", "norm"})
     stack.unfreeze_all()
     assert not any(layer.weight.requires_grad for layer in linear_layers(stack).values())
     stack.adapters = (AdapterSpec("stack"),)

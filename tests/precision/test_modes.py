@@ -9,13 +9,12 @@ import warnings
 import pytest
 import torch
 
-from stackwise import ConfigError, Stack, create_simple_rack
+from stackwise import ConfigError, PrecisionManager, Stack, create_simple_rack
 from stackwise.precision import manager as manager_module
 from stackwise.precision.convert import linear_layers
 from stackwise.precision.formats import FORMATS
 from stackwise.precision.frozen_linear import FrozenLinear
-from stackwise.precision.manager import PrecisionManager
-from stackwise.precision.modes import MODES, check_compute, frozen_format, mode_compute_dtype, mode_of
+from stackwise.precision.modes import MODES, check_compute, frozen_format, mode_of
 from stackwise.precision.settings import PrecisionKeys
 
 TABLE = {
@@ -97,9 +96,6 @@ def test_the_format_of_the_trunk() -> None:
     assert (
         frozen_format(keys(trunk_precision="fp8"), "qlora") == "nf4"
     )  # the base is stored before anything trains
-    assert mode_compute_dtype(None) is None
-    assert mode_compute_dtype("full") == "float32"
-    assert mode_compute_dtype("fp8") == "bfloat16"
 
 
 @pytest.mark.parametrize("name", [name for name in ON_CPU if name != "qlora"])

@@ -126,10 +126,17 @@ def split_of(rack: Rack, alone: int | None = None) -> Split:
 
 
 def apply_training(rack: Rack, units: Iterable[str], alone: int | None = None) -> Split:
-    """Thaw the named units and freeze the rest (eval mode, no gradient, gradients dropped); returns the split."""
+    """Thaw the named units and freeze the rest (eval mode, no gradient, gradients dropped); returns the split.
+
+    A stack that is stored in a frozen format and has no adapters cannot train: ValueError.
+    """
     from stackwise.model.names import set_modules
+    from stackwise.precision.convert import refuse_bare_training
 
     wanted = set(units)
+    for stack in rack.stacks:
+        if any(unit == f"stack:{stack.uid}" or unit.startswith(f"block:{stack.uid}.") for unit in wanted):
+            refuse_bare_training(stack)
     for names, modules in _rows(rack):
         for module in modules:
             module.requires_grad_(not wanted.isdisjoint(names))

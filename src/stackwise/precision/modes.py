@@ -60,11 +60,6 @@ def check_compute(mode: Mode, device: str) -> None:
         )
 
 
-def mode_compute_dtype(mode: str | None) -> str | None:
-    """`StackSpec.compute_dtype` of a stack in a mode: the dtype it insists on. null mode: null, the run's."""
-    return None if mode is None else mode_of(mode).compute_dtype
-
-
 def frozen_format(
     keys: PrecisionKeys, mode: str | None, run_dtype: str = "float32", device: str = "cpu"
 ) -> str:
