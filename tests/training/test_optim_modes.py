@@ -342,7 +342,7 @@ def test_a_run_that_was_interrupted_between_saves_ends_with_the_same_bits(tiny, 
 
 
 def test_every_mode_learns_what_adamw_learns(tiny):
-    """After 150 steps on a short text the held-out losses are within 3 % of that of fp32."""
+    """After 90 steps on a short text the held-out losses are within 3 % of that of fp32."""
     losses = {}
     for memory in MODES:
         config = tiny(
@@ -350,7 +350,7 @@ def test_every_mode_learns_what_adamw_learns(tiny):
                 **SHORT,
                 "training__progressive__enabled": False,
                 "model__architecture__n_stacks": 1,
-                "training__max_steps": 150,
+                "training__max_steps": 90,
                 "training__optimizer__memory": memory,
                 "training__run_id": memory,
                 "checkpoint__save_interval": 1000,
@@ -361,7 +361,7 @@ def test_every_mode_learns_what_adamw_learns(tiny):
         assert Path(result["run_dir"]).exists()
         assert rack.dtype == torch.float32  # stored weights are read into fp32
     assert losses["full"] < 1.0
-    for memory, loss in losses.items():
+    for loss in losses.values():
         assert loss == pytest.approx(losses["full"], rel=0.03), losses
 
 

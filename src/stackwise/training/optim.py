@@ -26,7 +26,7 @@ from stackwise.training.optim_state import HostMoments, place
 from stackwise.training.rounding import Rounding
 from stackwise.training.settings import TrainingSettings
 
-__all__ = ["OptimizerState", "Optimizers", "carried", "is_block_matrix", "rule_for"]
+__all__ = ["OptimizerState", "Optimizers", "carried", "is_block_matrix", "rule_for", "set_widths"]
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> name of the moment -> tensor."""
@@ -42,8 +42,7 @@ class Optimizers:
     def __init__(self, rack: Rack, stage: Stage, settings: TrainingSettings) -> None:
         opt = settings.optimizer
         self.names: dict[Tensor, str] = {p: name for name, p in rack.named_parameters() if p.requires_grad}
-        if opt.memory in NARROW:
-            _set_widths(rack, self.names, opt.memory)
+        set_widths(rack, settings)
         self.rounding = Rounding(self.names, settings.seed)
         self.fused = opt.memory == "fused"
         self._host = HostMoments() if opt.state_device == "host" else None
@@ -195,15 +194,20 @@ class Optimizers:
 
 
 @torch.no_grad()
-def _set_widths(rack: Rack, trained: Mapping[Tensor, str], memory: str) -> None:
-    """bf16 for the matrices that train without a master; fp32 again for those that did, unless frozen to a format."""
+def set_widths(rack: Rack, settings: TrainingSettings) -> None:
+    """bf16 for matrices that train without a master; fp32 again for those that did, unless frozen to a format.
+
+    To be called once it is known what trains, before the weights are placed; `Optimizers` calls it as well.
+    """
+    memory = settings.optimizer.memory
+    if memory not in NARROW:
+        return
     formatted = tuple(f"stacks.{stack.uid}." for stack in rack.stacks if stack.weight_format != "fp32")
-    for name, parameter in rack.named_parameters():
-        trains = parameter in trained
-        if trains and memory_of(name, parameter, memory) == "int8_nomaster":
-            parameter.data = parameter.data.to(torch.bfloat16)
-        elif parameter.dtype == torch.bfloat16 and (trains or not name.startswith(formatted)):
-            parameter.data = parameter.data.to(torch.float32)
+    for name, p in rack.named_parameters():
+        if p.requires_grad and memory_of(name, p, memory) == "int8_nomaster":
+            p.data = p.data.to(torch.bfloat16)
+        elif p.dtype == torch.bfloat16 and (p.requires_grad or not name.startswith(formatted)):
+            p.data = p.data.to(torch.float32)
 
 
 def carried(state: OptimizerState, how: str, copies: Mapping[str, str]) -> OptimizerState:
