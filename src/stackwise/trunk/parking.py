@@ -18,6 +18,11 @@ from torch import Tensor, nn
 
 from stackwise.model.block import Block
 
+WAYS_OUT = (
+    "choose another training.progressive.cache_dir, or set training.progressive.trunk_residency to streamed, which "
+    "keeps them in host memory"
+)
+
 
 @dataclass(frozen=True)
 class Parked:
@@ -111,7 +116,5 @@ def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             new.unlink()
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
-            f"cannot keep {size:,} bytes of frozen weights in {file}: {error}; make room, choose another "
-            "training.progressive.cache_dir, or set training.progressive.trunk_residency to streamed, which keeps "
-            "them in host memory"
+            f"cannot keep {size:,} bytes of frozen weights in {file}: {error}; make room, or {WAYS_OUT}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -10,8 +11,10 @@ from stackwise.model.block import Block
 from stackwise.model.names import adapter_set_of
 from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.trunk.lanes import lane_to
-from stackwise.trunk.parking import park, parked_blocks, unpark
+from stackwise.trunk.parking import WAYS_OUT, park, parked_blocks, unpark
 from stackwise.trunk.streaming import Streamer
+
+_scratch: dict[Path, TemporaryDirectory[str]] = {}
 
 FROZEN = ("resident", "streamed", "mapped")
 TRAINED = ("resident", "streamed")
@@ -29,7 +32,7 @@ def reside(
     """Move a rack so that `device` holds what the stage wants there, and install its runner.
 
     resident: on the device. streamed: in host memory, a block at a time is copied to the device. mapped: the same
-    from files in `folder`. `trained` is for blocks of which more than adapters trains, `frozen` for the others.
+    from files in `folder`, where they stay as long as the process. `trained` is for blocks of which more than adapters trains, `frozen` for the others.
     Embedding, norms and head are always on the device. `recompute`: resident blocks keep only their inputs for the
     backward pass; streamed ones always do. To be called once it is known what trains, before optimizers are made.
     """
@@ -46,12 +49,11 @@ def reside(
         where = trained if trains(block) else frozen
         if where == "resident":
             unpark(block, device)
+        elif where == "streamed":
+            park(block, pinned=pinned)
         else:
-            park(
-                block,
-                pinned=pinned,
-                file=folder / f"{name}.safetensors" if folder and where == "mapped" else None,
-            )
+            assert folder is not None
+            park(block, pinned=pinned, file=scratch(folder) / f"{name}.safetensors")
     for child in (rack.embedding, rack.positions, rack.norm, rack.head):
         if child is not None:
             child.to(device)
@@ -62,3 +64,16 @@ def reside(
 def trains(block: Block) -> bool:
     """Whether more of a block trains than adapters on it."""
     return any(p.requires_grad and adapter_set_of(name) is None for name, p in block.named_parameters())
+
+
+def scratch(base: Path) -> Path:
+    """A folder in `base` that lasts as long as this process."""
+    held = _scratch.get(base)
+    if held is None or not Path(held.name).is_dir():
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            held = TemporaryDirectory(prefix="weights-", dir=base, ignore_cleanup_errors=True)
+        except OSError as error:
+            raise OSError(f"cannot keep frozen weights in {base}: {error}; {WAYS_OUT}") from error
+        _scratch[base] = held
+    return Path(held.name)

@@ -11,12 +11,12 @@ StorageDtype = Literal["float32", "bfloat16", "fp8"]
 class TrunkKeys(Settings):
     """Keys of `training.progressive` that this room reads."""
 
-    trunk_residency: Literal["resident", "streamed"] = "resident"
-    """Where frozen stacks live: on the device, or in host memory from where blocks are copied to the device ahead of their use."""
+    trunk_residency: Literal["resident", "streamed", "mapped"] = "resident"
+    """Where frozen stacks live. resident: on the device. streamed: in host memory, from where blocks are copied to the device ahead of their use. mapped: the same from files in `cache_dir`, which are mapped into memory and go with the process."""
     cache_activations: Literal["auto"] | Flag = "auto"
     """Keep the outputs of the frozen trunk instead of computing them again at every visit of a sample. auto: where it is allowed, pays and fits; true: wherever it is allowed."""
     cache_dir: PathText = "./cache"
-    """Folder of the stored outputs; `stackwise cache` lists, checks and clears it."""
+    """Folder of the stored outputs, which `stackwise cache` lists, checks and clears, and of mapped weights."""
     cache_max_bytes: PositiveInt | None = None
     """Bytes that the stored outputs may take in `cache_dir`; the oldest make room, what finds none is computed again. null: 80 % of the free disk."""
     cache_ram_bytes: NonNegativeInt = 1_000_000_000

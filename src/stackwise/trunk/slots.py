@@ -10,7 +10,7 @@ from torch import Tensor
 from stackwise.model.block import Block
 from stackwise.trunk.lanes import Lane, Mark
 from stackwise.trunk.ledger import Ledger, storage_key
-from stackwise.trunk.parking import Parked, park, tensors_of
+from stackwise.trunk.parking import tensors_of
 
 ALIGNMENT = 64
 """Tensors start at multiples of this many bytes, as PyTorch's own do: products may depend on it in the last bit."""
@@ -34,26 +34,23 @@ class Slots:
         self._blocks, self._device, self._lane, self._ledger = list(blocks), device, lane, ledger
         self._slots = [_Slot() for _ in blocks[:2]]
         self._count = 0
-        self._checked: set[int] = set()
+        self._known: set[int] = set()
 
     def start(self, block: Block) -> int:
         """Begin to copy a block's tensors into the buffer that has been idle longest; returns the ticket."""
         slot = min((s for s in self._slots if not s.busy), key=lambda s: s.ticket)
         self._count += 1
         slot.ticket, slot.block = self._count, block
-        if id(block) not in self._checked:
-            self._check(block)
+        if id(block) not in self._known:
+            self._make_room(block)
         tensors = dict(tensors_of(block))
         slot.live = slot.views(block, tensors)
         slot.loaded = self._lane.run(lambda: _copy(slot.live, tensors), slot.free)
         return slot.ticket
 
-    def _check(self, block: Block) -> None:
-        """Before the first copy of a block: page-locked memory here, and room for it on the device."""
-        self._checked.add(id(block))
-        assert isinstance(block.parked, Parked)
-        if self._lane.pins:  # an optimizer may have given its parameters memory of another width
-            park(block, pinned=True, file=block.parked.file)
+    def _make_room(self, block: Block) -> None:
+        """Before the first copy of a block."""
+        self._known.add(id(block))
         size = max(packed_bytes(each) for each in [block, *self._blocks])
         for slot in self._slots:
             if size > slot.size:

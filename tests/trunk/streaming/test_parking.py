@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors import safe_open
 from stackwise.model.spec import AdapterSpec
 from stackwise.precision.convert import freeze_stack
 from stackwise.trunk.parking import park, tensors_of, unpark
-from stackwise.trunk.residency import reside
+from stackwise.trunk.residency import reside, scratch
 
 MAPPED = {"frozen": "mapped", "trained": "streamed"}
 
@@ -27,7 +30,7 @@ def values(module):
 
 
 def hashes(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.*"))}
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -120,7 +123,8 @@ def test_adapters_on_a_mapped_trunk_stay_in_memory(lab, tmp_path):
     attach(rack.stacks[0], AdapterSpec("trunk", rank=2))
     reside(rack, lab.cpu, frozen="mapped", folder=tmp_path)
     lab.both_ways(rack)
-    with safe_open(tmp_path / "s0.0.safetensors", "pt") as opened:
+    (file,) = tmp_path.rglob("s0.0.safetensors")
+    with safe_open(file, "pt") as opened:
         assert not [name for name in opened.keys() if "lora" in name]  # noqa: SIM118
     assert any("lora_B" in name for name in lab.gradients(rack))
 
@@ -138,9 +142,23 @@ def test_state_is_saved_and_loaded_while_blocks_are_parked(lab, tmp_path):
     lab.assert_same(rack.state_dict(), other.state_dict())
 
 
+def test_files_go_with_the_process(tmp_path):
+    program = f"import sys; from pathlib import Path; from stackwise.trunk.residency import scratch; (scratch(Path({str(tmp_path)!r})) / 'file').touch()"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not list(tmp_path.iterdir())
+    first = scratch(tmp_path)
+    assert scratch(tmp_path) == first
+    shutil.rmtree(first)
+    assert scratch(tmp_path).is_dir()
+
+
 def test_a_file_that_cannot_be_written_is_an_error_with_the_ways_out(block, tmp_path):
     block.requires_grad_(False)
     (tmp_path / "occupied").write_text("")
     with pytest.raises(OSError, match=r"cannot keep [\d,]+ bytes.*occupied.*trunk_residency to streamed"):
         park(block, file=tmp_path / "occupied" / "block.safetensors")
     assert block.parked is None
+    with pytest.raises(
+        OSError, match=r"cannot keep frozen weights in .*occupied.*training.progressive.cache_dir"
+    ):
+        scratch(tmp_path / "occupied")
