@@ -112,6 +112,118 @@ BROKEN = [
         "stored as nf4 from the start, got 'fp8'; allowed: nf4, null",
     ),
     (
+        "training: {compile: true, residency: streamed}",
+        "training.compile",
+        "does not go together with streamed blocks",
+    ),
+    (
+        "training: {dtype: float16, residency: streamed}",
+        "training.dtype",
+        "allowed: auto, float32, bfloat16; or set training.residency",
+    ),
+    (
+        "model: {stacks: [{}, {}, {}], architecture: {n_stacks: 2}}",
+        "model.stacks",
+        "describes 3 stacks, but the run ends with 2",
+    ),
+    (
+        "model: {stacks: [{}, {n_heads: 7}]}\ntraining: {progressive: {building_mode: cyclic}}",
+        "model.stacks.1.n_heads",
+        "must divide model.d_model 768, got 7",
+    ),
+    (
+        "model: {stacks: [{}, {attention_preset: bert_style}]}\ntraining: {progressive: {new_stack_init: random}}",
+        "model.stacks.1.attention_preset",
+        "clm needs causal attention",
+    ),
+    (
+        "model: {stacks: [{}, {d_ff: 64}]}",
+        "training.progressive.new_stack_init",
+        "model.stacks gives it other ones, got 'copy'; allowed: random",
+    ),
+    (
+        "model: {stacks: [{}, {}, {}, {d_ff: 64}]}\ntraining: {progressive: {building_mode: grow}}",
+        "model.stacks",
+        "another shape than its source has; repeat the shapes",
+    ),
+    (
+        "model: {architecture: {n_stacks: 6}}\ntraining: {progressive: {building_mode: grow, growth_factor: 4}}",
+        "training.progressive.growth_factor",
+        "must divide the 6 stacks that the run ends with, got 4; allowed: 2, 3",
+    ),
+    (
+        "model: {architecture: {n_stacks: 5}}\ntraining: {progressive: {building_mode: grow}}",
+        "training.progressive.growth_factor",
+        "end with a number of stacks that 2, 3 or 4 divides",
+    ),
+    (
+        "training: {progressive: {building_mode: grow, growth_layers: [0, 1]}}",
+        "training.progressive.growth_layers",
+        "must name a source for each of the 8 blocks, not for 2",
+    ),
+    (
+        "training: {progressive: {building_mode: grow, growth_layers: [0, 1, 2, 3, 0, 1, 2, 9]}}",
+        "training.progressive.growth_layers",
+        "names blocks that the small rack does not have: 9",
+    ),
+    (
+        "model: {stacks: [{}, {}]}\n"
+        "training: {progressive: {building_mode: grow, growth_layers: [0, 1, 2, 3, 0, 1, 2, 3]}}",
+        "training.progressive.growth_layers",
+        "needs stacks of one shape",
+    ),
+    (
+        "training: {progressive: {building_mode: independent, train_stacks: [1, 2]}}",
+        "training.progressive.train_stacks",
+        "names positions that are not there, got [1, 2]; allowed: 0 to 1",
+    ),
+    (
+        "training: {progressive: {building_mode: independent, train_stacks: [1, 1]}}",
+        "training.progressive.train_stacks",
+        "names a position twice",
+    ),
+    (
+        "training: {progressive: {building_mode: independent, train_stacks: [0, 1]}}",
+        "training.progressive.train_stacks",
+        "after stacks that need them, got [0, 1]; put 1 first",
+    ),
+    (
+        "training: {progressive: {building_mode: independent, train_stacks: [0]}}",
+        "training.progressive.train_stacks",
+        "or set checkpoint.init_from to the run that has trained it",
+    ),
+    (
+        "training: {progressive: {building_mode: independent, train_head: always}}",
+        "training.progressive.train_head",
+        "allowed: auto, first, never",
+    ),
+    (
+        "training: {progressive: {joint_tuning_backbone: qlora}}",
+        "training.progressive.joint_tuning_backbone",
+        "set training.progressive.qlora_enabled to true",
+    ),
+    ("training: {stages: [{train: [all]}]}", "training.stages.0", "needs exactly one budget; give it one of"),
+    (
+        "training: {stages: [{train: [all], epochs: 1, max_steps: 2}]}",
+        "training.stages.0",
+        "needs exactly one budget, not max_steps and epochs",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 2, seq_len: 4000}]}",
+        "training.stages.0.seq_len",
+        "exceeds model.max_seq_len 2048, got 4000",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 2, schedule: [4, 4]}]}",
+        "training.stages.0.schedule",
+        "must start before it ends, got [4, 4]",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 2}, {train: [new], max_steps: 2, grow: {op: append, layers: [0]}}]}",
+        "training.stages.1.grow.layers",
+        "is a map for duplicate, not for append",
+    ),
+    (
         "training: {optimizer: {optimizer_type: RAdam, custom_params: {weight_decay: 1}}}",
         "training.optimizer.custom_params",
         "set training.optimizer.weight_decay instead",
@@ -140,6 +252,11 @@ BROKEN = [
         "training: {max_grad_norm: 0, dtype: float16, optimizer: {memory: fused}}",
         "training.dtype",
         "allowed: auto, bfloat16, float32",
+    ),
+    (
+        "training: {stages: [{train: [heads], max_steps: 2}]}",
+        "training.stages.0",
+        "trains 'heads', which matches nothing in a rack of 2 stacks with 4, 4 blocks; known: all, new,",
     ),
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),
@@ -180,10 +297,21 @@ ALLOWED = [
     "model: {attention_preset: custom, attention_custom: {attention_mode: causal}}",
     "model: {pos_encoding: learned, use_rope: false}",
     "data: {source: hf, path: [a, b]}",
+    "model: {stacks: [{}, {d_ff: 64}]}\ntraining: {progressive: {new_stack_init: random}}",
+    "model: {stacks: [{}, {d_ff: 64}]}\ntraining: {progressive: {building_mode: cyclic}}",
+    "model: {stacks: [{}, {n_blocks: 7}]}",
+    "model: {stacks: [{}, {d_ff: 9}, {}, {d_ff: 9}]}\ntraining: {progressive: {building_mode: grow, growth_factor: 2}}",
+    "model: {architecture: {n_stacks: 6}}\ntraining: {progressive: {building_mode: grow}}",
+    "training: {progressive: {building_mode: independent, train_stacks: [1]}}",
+    "training: {progressive: {building_mode: independent, train_stacks: [0]}}\ncheckpoint: {init_from: runs/a}",
+    "training: {progressive: {building_mode: append, train_head: always}}",
+    "model: {norm_placement: post}\ntraining: {progressive: {building_mode: cyclic, new_stack_init: zero}}",
     "training: {progressive: {qlora_enabled: true, progressive_qlora: true, qlora_method: dora}}",
     "training: {progressive: {new_stack_precision: qlora, qlora_enabled: true, trunk_precision: nf4}}",
     "training: {progressive: {qlora_enabled: true, progressive_qlora: true, trunk_lora_mode: merge}}",
     "training: {progressive: {qlora_enabled: true, qlora_method: bottleneck, trunk_lora_mode: merge}}",
+    "training: {compile: true, progressive: {enabled: false, trunk_residency: streamed}}",
+    "training: {dtype: float16, progressive: {trunk_residency: streamed}}",
 ]
 
 
@@ -294,6 +422,36 @@ NOTED = [
         "training: {progressive: {fake_quant: true, trunk_precision: fp32}}",
         "training.progressive.fake_quant has no effect: frozen stacks are stored in fp32",
     ),
+    (
+        "training: {unit: block, progressive: {building_mode: grow}}",
+        "training.unit has no effect: training.progressive.building_mode is grow",
+    ),
+    (
+        "training: {unit: rack, progressive: {building_mode: grow}}",
+        "training.progressive.building_mode has no effect: training.unit is rack",
+    ),
+    (
+        "training: {progressive: {target_stacks: 1, new_stack_init: zero}}",
+        "training.progressive.new_stack_init has no effect: no stack is added",
+    ),
+    (
+        "training: {max_steps: 4, progressive: {building_mode: cyclic, cycle_steps: 2}}",
+        "training.progressive.cycle_steps wins",
+    ),
+    (
+        "training: {progressive: {building_mode: grow, growth_pattern: middle, growth_layers: [0, 1, 2, 3, 0, 1, 2, 3]}}",
+        "training.progressive.growth_layers wins",
+    ),
+    ("training: {progressive: {building_mode: grow, growth_at: 0.5}}", "lies outside 0.10 to 0.20"),
+    (
+        "model: {architecture: {blocks_per_stack: 2}}\ntraining: {progressive: {building_mode: independent}}",
+        "fewer than 3 blocks per stack",
+    ),
+    (
+        "model: {architecture: {n_stacks: 5}}\ntraining: {progressive: {building_mode: independent}}",
+        "more than 4 stacks",
+    ),
+    ("training: {progressive: {building_mode: independent}}", "every stack learns the whole task by itself"),
     ("data: {eval_path: b.txt, eval_fraction: 0.5}", "data.eval_path wins"),
     ("data: {packing: false, doc_mask: false}", "data.doc_mask has no effect"),
     ("data: {text_key: body}", "data.text_key has no effect"),
@@ -303,6 +461,14 @@ NOTED = [
     ("model: {tie_embeddings: true}", "false lets it train at every stage"),
     ("training: {progressive: {joint_tuning: false}}", "training.progressive.joint_tuning is off"),
     ("training: {max_steps: 10, warmup_steps: 10}", "the learning rate never reaches its peak"),
+    (
+        "training: {progressive: {enabled: false, trunk_residency: streamed}}",
+        "training.progressive.trunk_residency has no effect: no stack is ever frozen",
+    ),
+    (
+        "training: {gradient_checkpointing: true, residency: streamed, progressive: {building_mode: grow}}",
+        "training.gradient_checkpointing has no effect: streamed blocks are computed again anyway",
+    ),
 ]
 
 
@@ -312,23 +478,61 @@ def test_a_key_without_effect_is_noted(text, note):
     assert any(note in line for line in notes)
 
 
-def test_every_growth_key_is_noted_end_to_end():
+@pytest.mark.parametrize("mode", ["end_to_end", "append", "prepend", "grow", "independent", "cyclic"])
+def test_every_key_of_another_program_is_noted(mode):
     values = {
-        "max_stacks": 3,
-        "target_stacks": 2,
         "trunk_strategy": "trainable",
         "new_stack_init": "random",
-        "train_head": "first",
-        "train_embedding": "never",
         "global_head_blocks": 0,
-        "joint_tuning": False,
         "joint_tuning_fraction": 0.5,
+        "joint_tuning_backbone": "frozen",
+        "joint_lr": 0.5,
+        "growth_factor": 2,
+        "growth_at": 0.2,
+        "growth_pattern": "middle",
         "growth_optimizer": "carry",
         "rewarmup_fraction": 0.5,
-        "stage_weights": [1],
+        "cycle_sweeps": 3,
+        "cycle_steps": 7,
+        "cycle_order": "random",
+        "train_stacks": [1],
+        "stage_weights": [1, 2],
     }
-    notes = StackWiseConfig.from_dict({"training": {"progressive": {"enabled": False, **values}}}).notes()
-    assert [note.split(" has")[0] for note in notes] == [f"training.progressive.{name}" for name in values]
+    if mode == "end_to_end":
+        values |= {"enabled": False, "max_stacks": 3, "target_stacks": 2, "trunk_strategy": "trainable"}
+    else:
+        values["building_mode"] = mode
+    joint = set() if mode == "append" else {key for key in values if key.startswith("joint")}
+    own = {
+        "end_to_end": {"enabled"},
+        "append": {"trunk_strategy", "new_stack_init", "global_head_blocks", "joint_tuning_fraction"}
+        | {"joint_tuning_backbone", "joint_lr", "growth_optimizer", "rewarmup_fraction", "stage_weights"},
+        "prepend": {
+            "trunk_strategy",
+            "new_stack_init",
+            "growth_optimizer",
+            "rewarmup_fraction",
+            "stage_weights",
+        },
+        "grow": {"new_stack_init", "growth_factor", "growth_at", "growth_pattern", "growth_optimizer"}
+        | {"rewarmup_fraction"},
+        "independent": {"rewarmup_fraction", "train_stacks", "stage_weights"},
+        "cyclic": {"cycle_sweeps", "cycle_steps", "cycle_order", "growth_optimizer", "rewarmup_fraction"},
+    }[mode]
+    if mode == "end_to_end":
+        own |= {"trunk_strategy"}  # qlora has a meaning there
+    notes = StackWiseConfig.from_dict({"training": {"progressive": values}}).notes()
+    noted = {note.split()[0].rpartition(".")[2] for note in notes if "has no effect" in note}
+    assert noted == (values.keys() | joint) - own - {"building_mode"}
+
+
+def test_every_growth_key_is_noted_with_hand_written_stages():
+    stages = [{"train": ["all"], "max_steps": 1}]
+    values = {"cycle_sweeps": 3, "trunk_strategy": "trainable", "joint_tuning": False, "growth_at": 0.2}
+    config = {"training": {"stages": stages, "max_steps": 3, "unit": "block", "progressive": values}}
+    notes = [note for note in StackWiseConfig.from_dict(config).notes() if "has no effect" in note]
+    assert len(notes) == 6
+    assert all("training.stages says what happens" in note for note in notes)
 
 
 def test_nothing_is_noted_about_defaults():

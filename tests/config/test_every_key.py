@@ -5,6 +5,7 @@ stands in PROVEN_ELSEWHERE with that test. Whoever adds a key adds its row here.
 """
 
 import ast
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,17 @@ def course(to: Any, given: dict[str, Any] | None = None) -> Proof:
     return changes(lambda config: stages(config, steps_per_epoch=100), to, given)
 
 
-def attention_type(given: dict[str, Any]) -> Proof:
-    """Proof that the key chooses among registered kinds of attention; there is one built-in kind."""
+def own_attention(proof: Proof) -> Proof:
+    """The proof with a second kind of attention registered."""
 
-    def proof(key: str) -> None:
+    def registered(key: str) -> None:
         ATTENTION_TYPES.append("own")
         try:
-            rack("own", given)(key)
+            proof(key)
         finally:
             ATTENTION_TYPES.remove("own")
 
-    return proof
+    return registered
 
 
 def sets(to: Any, given: dict[str, Any] | None = None) -> Proof:
@@ -101,7 +102,62 @@ def stacks(to: Any, given: dict[str, Any] | None = None) -> Proof:
     return changes(described, to, {"model.vocab_size": 97, **STEPS, **(given or {})})
 
 
+def item(
+    what: Callable[[StackWiseConfig], Any], to: Any, before: list[dict[str, Any]], **given: Any
+) -> Proof:
+    """Proof that `what` changes with a key of the last item of a list, which is `before` without it."""
+
+    def proof(key: str) -> None:
+        name, _, inside = key.partition(".N.")
+        after = copy.deepcopy(before)
+        *sections, leaf = inside.split(".")
+        level = after[-1]
+        for section in sections:
+            level = level.setdefault(section, {})
+        level[leaf] = to
+        others = {key.replace("__", "."): value for key, value in given.items()}
+        assert what(config_with({**others, name: before})) != what(config_with({**others, name: after}))
+
+    return proof
+
+
+def program(config: StackWiseConfig) -> Any:
+    return stages(config, steps_per_epoch=100)
+
+
+def stage(to: Any, **more: Any) -> Proof:
+    """Proof that a hand-written stage becomes another one."""
+    return item(program, to, [{"train": ["all"], "max_steps": 5, **more}])
+
+
+def growth(to: Any, **grow: Any) -> Proof:
+    """Proof that a hand-written stage grows otherwise."""
+    grown = {"train": ["all"], "max_steps": 5, "grow": {"op": "append", **grow}}
+    return item(program, to, [{"train": ["all"], "max_steps": 5}, grown])
+
+
+def shape(to: Any) -> Proof:
+    """Proof that a stack described by itself becomes another one."""
+    return item(rack_spec, to, [{}, {}], model__vocab_size=97)
+
+
+def budget(to: int, name: str) -> Proof:
+    """Proof that the budget of a stage is another one: it has exactly one of three."""
+
+    def proof(key: str) -> None:
+        listed = [
+            program(config_with({"training.stages": [{"train": ["all"], name: value}]}))
+            for value in (to, 999)
+        ]
+        assert listed[0] != listed[1]
+
+    return proof
+
+
 CUSTOM = {"model.attention_preset": "custom"}
+GROW = {"training.progressive.building_mode": "grow", "training.max_steps": 100}
+CYCLIC = {"training.progressive.building_mode": "cyclic", "training.max_steps": 100}
+ALONE = {"training.progressive.building_mode": "independent", "training.max_steps": 100}
 STEPS = {"training.max_steps": 100}
 ALONG = {"training.progressive.qlora_strategy": "progressive"}
 
@@ -115,10 +171,10 @@ PROOFS: dict[str, Proof] = {
     "model.architecture.n_stacks": rack(3),
     "model.architecture.blocks_per_stack": rack(3),
     "model.attention_preset": rack("bert_style"),
-    "model.attention_custom.attention_type": attention_type(CUSTOM),
+    "model.attention_custom.attention_type": own_attention(rack("own", CUSTOM)),
     "model.attention_custom.attention_mode": rack("causal", CUSTOM),
     "model.attention_custom.qk_norm": rack(True, CUSTOM),
-    "model.attention_overrides.attention_type": attention_type({}),
+    "model.attention_overrides.attention_type": own_attention(rack("own")),
     "model.attention_overrides.attention_mode": rack("bidirectional"),
     "model.attention_overrides.qk_norm": rack(True),
     "model.qk_norm": rack(True),
@@ -137,6 +193,44 @@ PROOFS: dict[str, Proof] = {
     "model.residual_gain": rack(0.5),
     "model.short_conv": rack(3),
     "model.zero_init_outputs": rack(True),
+    "model.stacks.N.n_blocks": shape(7),
+    "model.stacks.N.n_heads": shape(6),
+    "model.stacks.N.n_kv_heads": shape(3),
+    "model.stacks.N.d_ff": shape(100),
+    "model.stacks.N.ffn_type": shape("geglu"),
+    "model.stacks.N.attention_preset": shape("bert_style"),
+    "model.stacks.N.attention_overrides.attention_type": own_attention(
+        item(rack_spec, "own", [{}, {}], model__vocab_size=97)
+    ),
+    "model.stacks.N.attention_overrides.attention_mode": shape("bidirectional"),
+    "model.stacks.N.attention_overrides.qk_norm": shape(True),
+    "model.stacks.N.dropout": shape(0.1),
+    "model.stacks": rack([{}, {"d_ff": 96}]),
+    "training.unit": course("block", STEPS),
+    "training.stages": course([{"train": ["all"], "max_steps": 5}], STEPS),
+    "training.stages.N.train": stage(["new"]),
+    "training.stages.N.name": stage("first"),
+    "training.stages.N.n_stacks": stage(1),
+    "training.stages.N.max_steps": budget(7, "max_steps"),
+    "training.stages.N.max_tokens": budget(70000, "max_tokens"),
+    "training.stages.N.epochs": budget(3, "epochs"),
+    "training.stages.N.grow.op": growth("prepend"),
+    "training.stages.N.grow.n_blocks": growth(3),
+    "training.stages.N.grow.init": growth("zero"),
+    "training.stages.N.grow.factor": growth(3, op="duplicate"),
+    "training.stages.N.grow.layers": growth([0, 1, 2, 3, 3, 2, 1, 0], op="duplicate"),
+    "training.stages.N.grow.blocks": growth([{"d_ff": 96}]),
+    "training.stages.N.lr": stage(0.5),
+    "training.stages.N.trunk_lr": stage(0.5),
+    "training.stages.N.io_lr": stage(0.5),
+    "training.stages.N.adapter_lr": stage(0.5),
+    "training.stages.N.warmup_steps": stage(2),
+    "training.stages.N.schedule": stage([2, 50]),
+    "training.stages.N.optimizer_state": stage("carry"),
+    "training.stages.N.alone": stage(1, train=["stack:1"]),
+    "training.stages.N.data_start": stage(3),
+    "training.stages.N.seq_len": stage(8),
+    "training.stages.N.batch_size": stage(2),
     "training.max_steps": course(7),
     "training.epochs_per_stack": course(2),
     "training.warmup_steps": course(5, STEPS),
@@ -155,6 +249,17 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.growth_optimizer": course("carry", STEPS),
     "training.progressive.rewarmup_fraction": course(0.5, STEPS),
     "training.progressive.stage_weights": course([2, 1], STEPS),
+    "training.progressive.building_mode": course("cyclic", STEPS),
+    "training.progressive.joint_tuning_backbone": course("frozen", STEPS),
+    "training.progressive.joint_lr": course(0.5, STEPS),
+    "training.progressive.growth_factor": course(2, {**GROW, "model.architecture.n_stacks": 4}),
+    "training.progressive.growth_at": course(0.2, GROW),
+    "training.progressive.growth_pattern": course("middle", {**GROW, "model.architecture.n_stacks": 4}),
+    "training.progressive.growth_layers": course([0, 0, 1, 1, 2, 2, 3, 3], GROW),
+    "training.progressive.cycle_sweeps": course(3, CYCLIC),
+    "training.progressive.cycle_steps": course(3, CYCLIC),
+    "training.progressive.cycle_order": course("backward", CYCLIC),
+    "training.progressive.train_stacks": course([1], ALONE),
     "training.progressive.qlora_enabled": stacks(True),
     "training.progressive.qlora_rank": sets(4),
     "training.progressive.qlora_alpha": sets(4.0),
@@ -176,6 +281,10 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "training.progressive.qlora_lr": "tests/adapters/test_stages.py::test_adapters_train_at_a_rate_of_their_own",
+    "training.progressive.trunk_lora_mode": "tests/adapters/test_builder.py::test_in_merge_mode_trunk_sets_are_folded_in_when_the_next_stack_arrives",
+    "training.residency": "tests/trunk/streaming/test_streamed_runs.py::test_residency_changes_where_bytes_are_and_no_number",
+    "training.progressive.trunk_residency": "tests/trunk/streaming/test_streamed_runs.py::test_residency_changes_where_bytes_are_and_no_number",
     "training.on_nonfinite": "tests/invariants/test_runs.py::test_nonfinite_steps_can_be_skipped_and_are_counted",
     "training.gradient_checkpointing": "tests/invariants/test_runs.py::test_gradient_checkpointing_changes_nothing_but_memory",
     "checkpoint.full_precision_backup": "tests/invariants/test_formats.py::test_without_the_backup_only_the_rounded_weights_are_there",
@@ -209,7 +318,7 @@ def proven_by_runs() -> set[str]:
     return keys
 
 
-ONE_VALUE = {"training.progressive.building_mode", "training.progressive.training_objective"}
+ONE_VALUE = {"training.progressive.training_objective"}
 """Keys that name the only choice there is so far; they need a proof as soon as there is a second."""
 
 

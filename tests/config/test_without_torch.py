@@ -20,6 +20,8 @@ def run(code: str) -> str:
         "import stackwise",
         "import stackwise.config.root",
         "from stackwise import StackWiseConfig; StackWiseConfig.from_yaml('demo').validate()",
+        "from stackwise import StackWiseConfig as C; "
+        "C.from_dict({'training': {'stages': [{'train': ['all'], 'max_steps': 1}]}}).validate()",
         "from stackwise import ConfigError, ArchitectureConfig",
         "from stackwise.config.schema import schema_rows; schema_rows()",
         "from stackwise.config.resolve import resolve; from stackwise import StackWiseConfig; resolve(StackWiseConfig())",

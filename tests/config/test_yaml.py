@@ -111,6 +111,10 @@ JOINED = {
         {"use_rope": False, "ffn_type": "gelu"},
         {"architecture": {"n_stacks": 3, "blocks_per_stack": 2}, "attention_custom": {}},
     ],
+    "training": [
+        {"residency": "streamed", "compile": False, "dtype": "bfloat16"},
+        {"compile": False, "dtype": "float32", "progressive": {"trunk_residency": "mapped"}},
+    ],
     "training.progressive": [
         {"max_stacks": 6, "target_stacks": 5, "stage_weights": [1, 2, 3.5, 4, 5]},
         {"enabled": False, "new_stack_init": "zero"},
@@ -160,6 +164,7 @@ TAKEN = {
         "path",
     ),
     *("qlora_enabled", "progressive_qlora", "trunk_lora_mode", "trunk_strategy", "joint_tuning_backbone"),
+    *("residency", "trunk_residency"),
     # Lists of sections whose rules join many keys; tests/curriculum has them.
     *("stacks", "stages", "train_stacks", "growth_factor", "growth_layers"),
 }

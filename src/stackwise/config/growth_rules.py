@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stackwise.config import rules
-from stackwise.config.errors import Problem
+from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.rules import (
     Check,
     copies_stacks,
@@ -287,3 +287,19 @@ def stages_are_whole(config: StackWiseConfig) -> list[Problem]:
             message = f"is a map for duplicate, not for {stage.grow.op}"
             found.append(Problem(f"{key}.grow.layers", message, stage.grow.layers, hint="remove it"))
     return found
+
+
+@rule("training.stages", "training.progressive.max_stacks", "model", "training.progressive")
+def stages_can_run(config: StackWiseConfig) -> list[Problem]:
+    """Selectors that match nothing, growth past the limit or by a wrong map: what a walk through the stages finds."""
+    if config.training.stages is None or stages_are_whole(config):
+        return []
+    if any(check(config) for check in (*BLOCK_RULES, every_stack_has_a_shape, unlike_blocks_can_be_built)):
+        return []
+    from stackwise.curriculum.program import hand_written
+
+    try:
+        hand_written(config, steps_per_epoch=1)  # how many steps an epoch has is not known here, and changes nothing
+    except ConfigError as error:
+        return error.problems
+    return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stackwise.config import adapter_rules, precision_rules
+from stackwise.config import adapter_rules, precision_rules, residency_rules
 from stackwise.config.rules import appends, copies_stacks, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
     "training.progressive.max_stacks": (*MODES, "as_one", "by_hand"),
     "training.progressive.target_stacks": (*MODES, "as_one", "by_hand"),
     "training.progressive.trunk_strategy": ("append", "prepend", "end_to_end"),
+    "training.progressive.new_stack_init": ("append", "prepend", "grow"),
+    "training.progressive.global_head_blocks": (*MODES, "as_one", "by_hand"),
     "training.progressive.train_head": (*MODES, "end_to_end", "as_one"),
     "training.progressive.train_embedding": (*MODES, "end_to_end", "as_one"),
     "training.progressive.joint_tuning": MODES,
@@ -155,12 +157,12 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ),
     (
         "training.progressive.new_stack_init",
-        lambda c: not copies_stacks(c),
+        lambda c: program_of(c) in ("append", "prepend") and stacks_at_the_end(c) == 1,
         "no stack is added to a trained one",
     ),
     (
         "training.progressive.global_head_blocks",
-        lambda c: not appends(c),
+        lambda c: c.training.progressive.enabled and not appends(c),
         "only the rack of an append run has such blocks",
     ),
     (
@@ -175,6 +177,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ),
     *adapter_rules.INERT,
     *precision_rules.INERT,
+    *residency_rules.INERT,
     (
         "training.progressive.progressive_qlora",
         lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
 
 
+def with_vocabulary(config: StackWiseConfig) -> StackWiseConfig:
+    """The config with a vocabulary: where that is not known yet, of 2 tokens."""
+    if config.model.vocab_size is not None:
+        return config
+    model = config.model.model_copy(update={"vocab_size": 2})
+    return config.model_copy(update={"model": model})
+
+
 def stage_tokens(config: StackWiseConfig, stage: Stage) -> int:
     """Tokens of one optimizer step."""
     training = config.training
@@ -34,9 +42,7 @@ def flops_per_token(config: StackWiseConfig, stage: Stage, spec: RackSpec) -> fl
 
 def stage_flops(config: StackWiseConfig, stages: list[Stage], start: RackSpec | None = None) -> list[float]:
     """FLOP of every stage. `start`: the rack that the first one finds; null: the config's."""
-    if config.model.vocab_size is None:  # the head then counts as one for 2 tokens
-        model = config.model.model_copy(update={"vocab_size": 2})
-        config = config.model_copy(update={"model": model})
+    config = with_vocabulary(config)
     specs = stage_specs(config, stages, start or first_spec(config, stages), "fp32")
     return [
         stage.steps * stage_tokens(config, stage) * flops_per_token(config, stage, spec)

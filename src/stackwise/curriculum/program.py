@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.rules import stacks_at_the_end
-from stackwise.curriculum.costs import stage_tokens
+from stackwise.curriculum.costs import stage_tokens, with_vocabulary
+from stackwise.curriculum.layout import grow_spec
 from stackwise.curriculum.specs import first_spec, stage_spec
 from stackwise.curriculum.split import trained_units
 from stackwise.curriculum.stage import Growth, Stage
@@ -25,45 +26,43 @@ def hand_written(config: StackWiseConfig, steps_per_epoch: int | None = None) ->
     records = config.training.stages
     assert records
     problems: list[Problem] = []
+    stages: list[Stage] = []
+    sized = with_vocabulary(config)
     grows = any(record.grow is not None for record in records[1:])
     count = records[0].n_stacks or (1 if grows else stacks_at_the_end(config))
-    stages: list[Stage] = []
     spec: RackSpec | None = None
     for i, record in enumerate(records):
         key = f"training.stages.{i}"
         try:
-            stage = _stage(config, i, record, count, steps_per_epoch)
-            if spec is None:
-                spec = first_spec(config, [stage])
-                if stage.grow is not None:
-                    raise ValueError("grows, but there is nothing before the first stage")
-            spec = stage_spec(config, spec, stage, "fp32")
+            stage = _stage(config, i, record, count)
+            if spec is None and stage.grow is not None:
+                raise ValueError("grows, but there is nothing before the first stage")
+            before = first_spec(sized, [stage]) if spec is None else spec
+            grown = before if stage.grow is None else grow_spec(before, stage.grow)
+        except ValueError as error:
+            problems.append(Problem(key, str(error)))
+            break  # what the later stages find is not known
+        count = len(grown.stacks)
+        try:
+            stage = replace(stage, n_stacks=count, steps=_steps(config, i, record, stage, steps_per_epoch))
+            spec = stage_spec(sized, before, stage, "fp32")
             _check(config, stage, record, spec)
         except ValueError as error:
-            problems += _problems(key, error)
-            continue
-        count = len(spec.stacks)
-        stages.append(replace(stage, n_stacks=count))
+            problems += error.problems if isinstance(error, ConfigError) else [Problem(key, str(error))]
+            spec = grown
+        stages.append(stage)
     if problems:
         raise ConfigError(problems)
     return stages
 
 
-def _problems(key: str, error: ValueError) -> list[Problem]:
-    if isinstance(error, ConfigError):
-        return error.problems
-    return [Problem(key, str(error))]
-
-
-def _stage(
-    config: StackWiseConfig, index: int, record: StageSettings, count: int, steps_per_epoch: int | None
-) -> Stage:
+def _stage(config: StackWiseConfig, index: int, record: StageSettings, count: int) -> Stage:
     given = record.model_dump(
         exclude={"train", "name", "n_stacks", "grow", "max_steps", "max_tokens", "epochs"}
     )
     if record.schedule is not None:
         given["schedule"] = (record.schedule[0], record.schedule[1])
-    stage = Stage(
+    return Stage(
         **given,
         name=record.name or f"stage {index + 1}",
         n_stacks=count,
@@ -71,7 +70,6 @@ def _stage(
         steps=1,
         grow=None if record.grow is None else _growth(config, record.grow),
     )
-    return replace(stage, steps=_steps(config, index, record, stage, steps_per_epoch))
 
 
 def _growth(config: StackWiseConfig, record: GrowthSettings) -> Growth:

@@ -54,11 +54,11 @@ class StageSettings(Settings):
     grow: GrowthSettings | None = None
     """What is added first. null: nothing."""
     max_steps: PositiveInt | None = None
-    """Budget in optimizer steps; a stage has exactly one budget."""
+    """Budget in optimizer steps. null: another of the three budgets, of which a stage has exactly one."""
     max_tokens: PositiveInt | None = None
-    """Budget in tokens."""
+    """Budget in tokens. null: another budget."""
     epochs: PositiveInt | None = None
-    """Budget in passes over the training data."""
+    """Budget in passes over the training data. null: another budget."""
     lr: PositiveFloat | None = None
     """Peak learning rate of the newest stack. null: `optimizer.lr`."""
     trunk_lr: PositiveFloat | None = None
@@ -66,7 +66,7 @@ class StageSettings(Settings):
     io_lr: PositiveFloat | None = None
     """Peak learning rate of embedding, tail, norm and head. null: `optimizer.lr`."""
     adapter_lr: PositiveFloat | None = None
-    """Peak learning rate of adapters. null: `optimizer.lr`."""
+    """Peak learning rate of adapters. null: `training.progressive.qlora_lr`."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises."""
     schedule: Annotated[list[NonNegativeInt], MinLen(2), MaxLen(2)] | None = None
