@@ -9,8 +9,13 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, ValidationError
 
 from stackwise.checkpoint.settings import CheckpointSettings
-from stackwise.config import adapter_rules, growth_rules, precision_rules  # noqa: F401 - they add their rules
-from stackwise.config import optimizer_rules  # noqa: F401 - adds its rules
+from stackwise.config import (  # they add their rules
+    adapter_rules,  # noqa: F401
+    growth_rules,  # noqa: F401
+    optimizer_rules,  # noqa: F401
+    precision_rules,  # noqa: F401
+    residency_rules,  # noqa: F401
+)
 from stackwise.config.base import Settings
 from stackwise.config.deprecated import translate_deprecated
 from stackwise.config.document import Document, dump

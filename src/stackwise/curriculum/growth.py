@@ -61,7 +61,10 @@ def adopt(rack: Rack, spec: RackSpec, seed: int, own: dict[str, Stack] | None = 
         if stack_spec.uid not in held and stack_spec.uid not in added:
             added[stack_spec.uid] = new = Stack.from_spec(stack_spec, i)
             init_weights(new, Start.of(spec, seed), prefix=f"stacks.{new.uid}.")
-    stacks = [held[s.uid] if s.uid in held else added[s.uid].to(rack.device) for s in spec.stacks]
+    # Beside parked stacks a new one waits in host memory until its stage places it.
+    parked = any(block.parked is not None for block in rack.blocks())
+    place = torch.device("cpu") if parked else rack.device
+    stacks = [held[s.uid] if s.uid in held else added[s.uid].to(place) for s in spec.stacks]
     with torch.device("meta"):  # everything that is not a stack is taken over
         grown = Rack(spec, seed=seed, stacks=stacks)
     for name in ("embedding", "positions", "tail", "norm"):

@@ -143,6 +143,8 @@ class TrainingSettings(Settings):
     """Peak learning rate of older stacks where they train: a trainable trunk, and the joint phase. null: `optimizer.lr`."""
     gradient_checkpointing: Flag = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more time."""
+    residency: Literal["resident", "streamed"] = "resident"
+    """Where stacks that train live. streamed: weights, gradients and moments in host memory, updated there; a block at a time is copied to the device, and its activations are computed again in the backward pass."""
     compile: Flag = False
     """Compile each block with torch.compile: faster steps after a slow start."""
     loss_chunk_tokens: Literal["auto"] | PositiveInt = "auto"

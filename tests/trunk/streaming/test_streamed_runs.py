@@ -6,10 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from stackwise.checkpoint.store import Store
+from stackwise.curriculum.growth import grow
+from stackwise.curriculum.stage import Growth
+from stackwise.model.describe import rack_spec
+from stackwise.model.rack import Rack
 from stackwise.training.loop import Engine
 from stackwise.training.run import train
+from stackwise.trunk.residency import reside
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +97,28 @@ def test_mapped_stacks_leave_nothing_and_change_nothing(tiny, tmp_path):
     mapped = train(tiny(training__run_id="mapped", **options), sinks=[])
     assert hashes(mapped) == hashes(resident)
     assert {file.name for file in folder.rglob("*.safetensors")} == {"s0.0.safetensors", "s1.0.safetensors"}
+
+
+def test_a_streamed_rack_is_never_on_the_device_as_a_whole(tiny, monkeypatch):
+    moved = []
+    original = Rack.to
+    monkeypatch.setattr(Rack, "to", lambda self, *given: (moved.append(given), original(self, *given))[1])
+    options = {"training__max_steps": 1, "training__progressive__enabled": False}
+    train(tiny(training__run_id="resident", **options), sinks=[])
+    assert len(moved) == 1
+    train(tiny(training__run_id="streamed", training__residency="streamed", **options), sinks=[])
+    assert len(moved) == 1
+
+
+def test_a_stack_that_joins_streamed_ones_waits_in_host_memory(tiny):
+    rack = Rack(rack_spec(tiny(model__vocab_size=9), 2))
+    reside(rack, torch.device("meta"), frozen="streamed", trained="streamed")
+    grown, _ = grow(rack, Growth("append", 1, "copy"), seed=0)
+    assert grown.device.type == "meta"
+    source = rack.stacks[1].blocks[0].state_dict()
+    for name, tensor in grown.stacks[2].blocks[0].state_dict().items():
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, source[name])
 
 
 def test_a_streamed_run_resumes_where_it_stopped(tiny, monkeypatch):
