@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from stackwise.adapters.attach import adapter_parameters, attach, remove, sets
 from stackwise.adapters.low_rank import low_rank, low_rank_reference
+from stackwise.adapters.merge import merge
 from stackwise.model.names import adapter_set_of, set_modules
 from stackwise.model.spec import AdapterSpec
 
@@ -133,7 +134,11 @@ def test_dropout_acts_on_the_input_of_a_set_and_only_in_training(rack):
 def test_sets_of_a_frozen_stack_start_in_eval_mode(rack):
     rack.stacks[0].freeze_all()
     attach(rack.stacks[0], AdapterSpec("trunk", dropout=0.5))
+    attach(rack.stacks[0], AdapterSpec("other", dropout=0.5, targets=("q",)))
+    remove(rack.stacks[0], "other")
+    attach(rack.stacks[0], AdapterSpec("other", dropout=0.5))
     assert not any(module.training for module in rack.stacks[0].modules())
+    remove(rack.stacks[0], "other")
     assert {n for n, p in rack.stacks[0].named_parameters() if p.requires_grad} == set(
         adapter_parameters(rack.stacks[0], "trunk")
     )
@@ -230,6 +235,18 @@ def test_removing_gives_plain_layers_back(rack, ids):
     assert {n: type(m) for n, m in rack.named_modules()} == before
     assert torch.equal(rack(ids), plain)
     assert rack.stacks[0].adapters == ()
+
+
+def test_removing_a_merged_set_takes_it_out(rack, ids):
+    attach(rack.stacks[0], AdapterSpec("stack"))
+    rack.requires_grad_(False)
+    before = rack(ids)
+    attach(rack.stacks[0], AdapterSpec("trunk"))
+    teach(rack.stacks[0], "trunk")
+    merge(rack.stacks[0])
+    remove(rack.stacks[0], "trunk")
+    torch.testing.assert_close(rack(ids), before, atol=1e-5, rtol=1e-5)
+    assert rack.stacks[0].blocks[0].attn.q.merged_adapters == ["stack"]
 
 
 def test_sets_say_what_they_are(rack):

@@ -58,7 +58,7 @@ def rule_for(name: str, parameter: Tensor, stage: Stage, newest: str, settings: 
     kind = kind_of(name, parameter, opt.optimizer_type)
     lr = opt.adam_lr or opt.lr if kind != opt.optimizer_type else opt.lr
     if adapter_set_of(name) is not None:
-        own, lr = None, stage.adapter_lr or lr
+        own, lr = None, stage.adapter_lr or settings.progressive.qlora_lr
     elif name.startswith(f"stacks.{newest}."):
         own = stage.lr
     elif name.startswith("stacks."):
