@@ -273,7 +273,11 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.qlora_rank_pattern": sets("linear", ALONG),
     "training.progressive.qlora_alpha_pattern": sets("linear", ALONG),
     "training.progressive.qlora_configs": sets(
-        {b: {"rank": 3, "alpha": 1.0} for b in range(3)}, {"training.progressive.qlora_strategy": "variable"}
+        {b: {"rank": 3, "alpha": 1.0} for b in range(3)},
+        {
+            "training.progressive.qlora_strategy": "variable",
+            "training.progressive.qlora_configs": {b: {"rank": 4, "alpha": 1.0} for b in range(3)},
+        },
     ),
     "training.progressive.progressive_qlora": stacks(True, {"training.progressive.qlora_enabled": True}),
     "training.progressive.progressive_qlora_rank": sets(3),

@@ -48,7 +48,8 @@ class Stage:
 
     `n_stacks` stacks are there once it has grown. `trains` holds selectors: all, new, trunk, embedding, tail, norm,
     head, stack:<position>, block:<position>.<i>, lora:<set>. Peak rates: `lr` of the newest stack, `trunk_lr` of the
-    others, `io_lr` of embedding, tail, norm and head; null is the optimizer's. `adapter_lr` of adapters; null is qlora_lr.
+    others, `io_lr` of embedding, tail, norm and head; null is the optimizer's. `adapter_lr` of adapters; null is
+    `qlora_lr`.
     `schedule` (start, total): the rate follows a schedule of `total` steps from its step `start` on, so that several
     stages share one; null is a schedule of the stage's own.
     `optimizer_state`: what happens to the moments at the start (reset, carry, copy; see `training.optim.carried`).
