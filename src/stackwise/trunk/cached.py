@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stackwise.model.flops import block_forward_flops
-from stackwise.trunk.decide import NOMINAL, Choice, Decision, Rates, Work, decide
+from stackwise.trunk.decide import NOMINAL, Choice, Decision, Rates, decide, work_of
 from stackwise.trunk.keys import prefix_hashes, store_key
 from stackwise.trunk.legality import CLM, Corruption, cache_refusal
 from stackwise.trunk.manager import MemoryManager
@@ -141,19 +140,24 @@ def open_prefix(
     n_samples: int | None,
     seq_len: int,
     visits: int,
-    later: bool = False,
+    follows: float = 0.0,
+    later: float = 0.0,
     corruption: Corruption = CLM,
     written_under: Corruption | None = None,
     rates: Rates | None = None,
+    begun: bool | None = None,
 ) -> tuple[CachedPrefix | None, Decision]:
     """Decide whether a stage reads the outputs of its first `prefix` units from a store, and open it.
 
     `n_samples`: samples of the data set, null where batches carry no sample ids; `visits`: rows that the stage reads;
-    `later`: whether the next stage goes on from this boundary; `identity`: see `keys.IDENTITY`; the rest as in
-    `cache_refusal` and `decide`. Stores of the manager that the stage does not need are removed: there are never more
+    `follows`: the share of its samples that the stage before has stored, `later`: the share with which the next one goes
+    on from this boundary (see `overlap`; what is stored in fact does not decide, for a resumed run must decide the
+    same); `identity`: see `keys.IDENTITY`; the rest as in
+    `cache_refusal` and `decide`. `begun`: what was decided when the stage began; one that is taken up again keeps to it,
+    since a rounded store gives other numbers than none. Stores of the manager that the stage does not need are removed: there are never more
     than its own and the one below.
     """
-    blocks = prefix - 1
+    blocks, choice = prefix - 1, choice if begun is None else begun
     refusal = cache_refusal(
         rack, prefix, corruption, written_under=written_under, has_sample_ids=n_samples is not None
     )
@@ -162,12 +166,9 @@ def open_prefix(
     below: ActivationStore | None = None
     below_blocks = 0
     samples = 0 if n_samples is None else min(n_samples * draws, visits)
-    flops = [block_forward_flops(block, seq_len) * seq_len for block in rack.spec.blocks[: max(0, blocks)]]
-    work = Work(samples, visits, 0, sum(flops), sum(flops), later=later)
     if refusal is None and choice is not False:
         assert n_samples is not None
-        noise = "" if corruption.noise is None else f" noise {corruption.noise[0]} to {corruption.noise[1]}"
-        identity = {**identity, "corruption": f"{identity.get('corruption', corruption.objective)}{noise}"}
+        identity = {**identity, "noise": str(corruption.noise)}
         hashes = prefix_hashes(rack, blocks)
         store = manager.open(store_key(hashes[blocks], blocks, identity), shape, n_samples, draws)
         for stop in reversed([stop for stop in stack_ends(rack) if stop < blocks]):
@@ -175,14 +176,22 @@ def open_prefix(
             if below is not None:
                 below_blocks = stop
                 break
-        work = replace(
-            work,
-            entry_bytes=store.codec.entry_bytes,
-            fill_flops=sum(flops[below_blocks:]),
-            below=0.0 if below is None else min(1.0, len(below) / max(1, samples)),
-        )
+    work = work_of(
+        rack.spec,
+        max(0, blocks),
+        seq_len=seq_len,
+        samples=samples,
+        visits=visits,
+        dtype=manager.dtype,
+        below_blocks=below_blocks,
+        below=follows,
+        later=later,
+    )
     room = manager.room(store, below)
     decision = decide(choice, refusal, work, room, rates or NOMINAL[rack.device.type])
+    if begun is not None:
+        how = "stored" if decision.use else "computed at every visit"
+        decision = replace(decision, reason=f"{how}, as when the stage began", warn=False)
     if not decision.use or store is None:
         manager.keep_only(below)
         return None, decision

@@ -14,6 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stackwise.model.flops import block_forward_flops
+from stackwise.model.spec import RackSpec
+from stackwise.trunk.layout import entry_bytes
+
 Choice = Literal["auto"] | bool
 
 
@@ -38,8 +42,8 @@ NOMINAL = {
 class Work:
     """What a stage asks of its prefix. `samples` distinct samples in `visits` visits; FLOP per sample.
 
-    `fill_flops` is the part above the boundary below (all of it without one), `below` the share of samples stored
-    there. `later`: another stage goes on from this boundary with the same samples.
+    `fill_flops` is the part above the boundary below (all of it without one), `below` the share of samples expected
+    there. `later`: the share of samples with which the next stage goes on from this boundary.
     """
 
     samples: int
@@ -48,7 +52,25 @@ class Work:
     prefix_flops: float
     fill_flops: float
     below: float = 0.0
-    later: bool = False
+    later: float = 0.0
+
+
+def work_of(
+    spec: RackSpec,
+    blocks: int,
+    *,
+    seq_len: int,
+    samples: int,
+    visits: int,
+    dtype: str,
+    below_blocks: int = 0,
+    below: float = 0.0,
+    later: float = 0.0,
+) -> Work:
+    """The work of a stage whose prefix is the first `blocks` blocks; the store below lies after `below_blocks`."""
+    flops = [block_forward_flops(block, seq_len) * seq_len for block in spec.blocks[:blocks]]
+    size = entry_bytes((seq_len, spec.d_model), dtype)
+    return Work(samples, visits, size, sum(flops), sum(flops[below_blocks:]), below, later)
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,7 @@ def decide(choice: Choice, refusal: str | None, work: Work, room: Room, rates: R
     total = work.samples * work.entry_bytes
     recompute = work.visits * work.prefix_flops / rates.flops
     store = store_seconds(work, room, rates)
-    gain = recompute - store + (work.samples * work.prefix_flops / rates.flops if work.later else 0.0)
+    gain = recompute - store + work.later * work.samples * work.prefix_flops / rates.flops
     size, free = _bytes(total), _bytes(room.ram + room.disk)
     seen = work.visits / max(1, work.samples)
 
@@ -121,6 +143,41 @@ def store_seconds(work: Work, room: Room, rates: Rates) -> float:
     flops = stored * work.fill_flops + (work.samples - stored) * work.prefix_flops
     moved = work.samples + stored + (work.visits - work.samples)
     return flops / rates.flops + moved * work.entry_bytes * per_byte
+
+
+def overlap(
+    first: tuple[int, int], second: tuple[int, int], n_samples: int, *, shuffled: bool = True
+) -> float:
+    """Expected share of the samples of `second` that are among those of `first`: (start, end) of a stream of epochs.
+
+    Each epoch holds every sample once; when shuffled, in an order of its own, so that places in different epochs have
+    nothing to do with one another.
+    """
+    hits = total = 0.0
+    for epoch in range(second[0] // n_samples, -(-second[1] // n_samples)):
+        own = _within(second, epoch, n_samples)
+        missed = 1.0 - _shared(first, own) / max(1, own[1] - own[0])
+        for other in range(first[0] // n_samples, -(-first[1] // n_samples)):
+            held = _within(first, other, n_samples)
+            if other == epoch:
+                continue
+            if shuffled:
+                missed *= 1.0 - (held[1] - held[0]) / n_samples
+            else:
+                shift = (epoch - other) * n_samples
+                moved = (held[0] + shift, held[1] + shift)
+                missed = max(0.0, missed - _shared(moved, own) / max(1, own[1] - own[0]))
+        hits += (1.0 - missed) * (own[1] - own[0])
+        total += own[1] - own[0]
+    return hits / total if total else 0.0
+
+
+def _within(span: tuple[int, int], epoch: int, size: int) -> tuple[int, int]:
+    return max(span[0], epoch * size), min(span[1], (epoch + 1) * size)
+
+
+def _shared(a: tuple[int, int], b: tuple[int, int]) -> int:
+    return max(0, min(a[1], b[1]) - max(a[0], b[0]))
 
 
 def _bytes(count: float) -> str:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from stackwise.data.loader import permutation
 from stackwise.model.flops import block_forward_flops
 from stackwise.model.spec import BlockSpec
 from stackwise.trunk.cached import open_prefix
-from stackwise.trunk.decide import NOMINAL, Rates, Room, Work, decide, store_seconds
+from stackwise.trunk.decide import NOMINAL, Rates, Room, Work, decide, overlap, store_seconds
 from stackwise.trunk.layout import entry_bytes
 from stackwise.trunk.manager import MemoryManager
 
@@ -34,7 +35,7 @@ CASES = {
     "samples come again": ("auto", None, WORK, ROOM, True, r"^stored: 1 GB; each sample comes 3 times; about 403 s"),
     "one pass": ("auto", None, replace(WORK, visits=1000), ROOM, False, "comes 1 times and no later stage"),
     "one pass, then another stage": (
-        "auto", None, replace(WORK, visits=1000, later=True), ROOM, True, "a later stage goes on from here"),
+        "auto", None, replace(WORK, visits=1000, later=1.0), ROOM, True, "a later stage goes on from here"),
     "one pass over a stored boundary": (
         "auto", None, replace(WORK, visits=1000, below=1.0), ROOM, True, "the boundary below is stored"),
     "cheap blocks": (
@@ -62,8 +63,8 @@ def test_decisions(choice, refusal, work, room, use, says):
 def test_what_a_later_stage_saves_counts():
     even = replace(WORK, visits=1000, prefix_flops=5e6, fill_flops=5e6)
     assert not decide("auto", None, even, ROOM, RATES).use
-    assert not decide("auto", None, replace(even, later=True), ROOM, RATES).use
-    dear = replace(even, prefix_flops=3e7, fill_flops=3e7, later=True)
+    assert not decide("auto", None, replace(even, later=1.0), ROOM, RATES).use
+    dear = replace(even, prefix_flops=3e7, fill_flops=3e7, later=1.0)
     assert decide("auto", None, dear, ROOM, RATES).use
 
 
@@ -74,7 +75,7 @@ def test_a_wide_trunk_is_dearer_to_run_than_to_read(kit):
         assert size / 1e12 == pytest.approx(terabytes, rel=1e-2)
     block = BlockSpec(8192, 64, n_kv_heads=8, d_ff=28672, causal=True)
     flops = block_forward_flops(block, 4096) * 4096 * 4
-    work = Work(1000, 1000, entry_bytes((4096, 8192), "bfloat16"), flops, flops, later=True)
+    work = Work(1000, 1000, entry_bytes((4096, 8192), "bfloat16"), flops, flops, later=1.0)
     assert decide("auto", None, work, Room(0, 10**12), NOMINAL["cuda"]).use
     assert "room for 10 GB" in decide("auto", None, work, Room(0, 10**10), NOMINAL["cuda"]).reason
 
@@ -88,9 +89,7 @@ def test_open_prefix_decides_by_the_stage(kit, tmp_path):
     once = open_prefix(manager, rack, 3, choice="auto", visits=12, rates=slow, **given)
     assert once[0] is None
     assert "comes 1 times" in once[1].reason
-    cached, decision = open_prefix(
-        manager, rack, 3, choice="auto", visits=12, later=True, rates=slow, **given
-    )
+    cached, decision = open_prefix(manager, rack, 3, choice="auto", visits=12, later=1.0, rates=slow, **given)
     assert decision.use
     assert decision.predicted_bytes == 12 * kit.ENTRY
     flops = sum(block_forward_flops(block, 8) * 8 for block in rack.spec.blocks[:2])
@@ -98,12 +97,42 @@ def test_open_prefix_decides_by_the_stage(kit, tmp_path):
     for i in range(0, 12, 4):
         cached(kit.rows(*range(i, i + 4)))
     kit.train(rack, "stack:s3", "tail", "norm", "head")
-    built_on, decision = open_prefix(manager, rack, 4, choice="auto", visits=12, rates=slow, **given)
+    unplanned = open_prefix(manager, rack, 4, choice="auto", visits=12, rates=slow, **given)
+    assert unplanned[0] is None, "what happens to be stored does not decide"
+    built_on, decision = open_prefix(
+        manager, rack, 4, choice="auto", visits=12, follows=1.0, rates=slow, **given
+    )
     assert "the boundary below is stored" in decision.reason
     assert decision.store_seconds == pytest.approx(12 * flops / 2 / 1e3, rel=1e-3)
     assert built_on.below is cached.store
+    kept, decision = open_prefix(manager, rack, 4, choice="auto", visits=12, begun=True, **given)
+    assert kept is not None
+    assert decision.reason == "stored, as when the stage began"
+    assert open_prefix(manager, rack, 4, choice=True, visits=12, begun=False, **given)[0] is None
     fast = open_prefix(manager, rack, 4, choice="auto", visits=24, rates=Rates(1e15, 1e3, 1e3), **given)
     assert fast[0] is None
     no_ids = open_prefix(manager, rack, 4, choice=True, visits=24, **{**given, "n_samples": None})
     assert no_ids[0] is None
     assert no_ids[1].warn
+
+
+def test_shares_of_samples_that_two_stages_have_in_common():
+    def simulated(first, second, n, shuffled):
+        total = 0.0
+        for seed in range(400):
+            orders = [permutation(n, seed, e) if shuffled else range(n) for e in range(8)]
+            seen = {int(orders[at // n][at % n]) for at in range(*first)}
+            ids = [int(orders[at // n][at % n]) for at in range(*second)]
+            total += sum(i in seen for i in ids) / len(ids)
+        return total / 400
+
+    for first, second in [
+        ((0, 10), (0, 10)), ((0, 10), (10, 20)), ((0, 20), (20, 25)), ((5, 15), (15, 35)), ((0, 7), (3, 12)),
+        ((0, 30), (30, 40)), ((13, 27), (44, 60)),
+    ]:  # fmt: skip
+        for shuffled in (True, False):
+            expected = overlap(first, second, 20, shuffled=shuffled)
+            assert expected == pytest.approx(simulated(first, second, 20, shuffled), abs=0.04), (
+                first,
+                second,
+            )
