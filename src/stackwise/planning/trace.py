@@ -1,0 +1,249 @@
+"""One training step on tensors without storage: which bytes come and go, block by block.
+
+The modules, the loss, the split, the residency and the counting are the loop's own. Blocks that are equal take equal
+memory, so a rack with few of them is run and the part of the step that belongs to the middle one is repeated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stackwise.curriculum.assemble import build_rack
+from stackwise.curriculum.split import apply_training
+from stackwise.model.block import Block, Context
+from stackwise.model.cache import BlockCache
+from stackwise.model.modes import autocast_to
+from stackwise.model.rack import Rack, recompute_block, run_block
+from stackwise.objectives.causal import CausalLM
+from stackwise.planning.fake import fake_tensors, without_storage
+from stackwise.planning.held import narrow
+from stackwise.planning.live import LiveBytes
+from stackwise.planning.situation import Situation, shortened
+from stackwise.training.counting import StepBytes
+from stackwise.training.stage_setup import StageSetup
+from stackwise.trunk.decide import Decision
+from stackwise.trunk.ledger import DEVICE_ITEMS
+from stackwise.trunk.parking import Parked, parked_blocks
+from stackwise.trunk.residency import trains
+from stackwise.trunk.streaming import Streamer
+
+LIVE = "live"
+"""All tensors of a step, as `LiveBytes` sees them; the other items are those of `StepBytes`."""
+DEVICE = "device"
+"""The items of the ledger that are on the device, together."""
+HOST = "host.boundaries"
+ITEMS = (LIVE, DEVICE, *DEVICE_ITEMS, HOST)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one item in a stretch of a step: bytes that came, by block that made them (-1: none), and the most above the
+    start."""
+
+    came: tuple[tuple[int, int], ...]
+    peak: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a step. `block` is the block it belongs to, in forward order, or -1."""
+
+    block: int
+    changes: dict[str, Change]
+
+    def delta(self, item: str, counts: list[int]) -> int:
+        """Bytes that stay after it (negative: went) when each block stands for so many."""
+        came = self.changes[item].came
+        if self.block >= 0:
+            return counts[self.block] * sum(change for _, change in came)
+        return sum(change * (counts[owner] if owner >= 0 else 1) for owner, change in came)
+
+
+class Step(NamedTuple):
+    """A step in segments; `boundaries`: (block, bytes of the output that gradients pass)."""
+
+    segments: tuple[Segment, ...]
+    boundaries: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step takes besides weights and moments, in bytes: the most of each of ITEMS at once, and the streams
+    between blocks that gradients pass, which are part of the activations (of parked blocks: on the host)."""
+
+    most: dict[str, int]
+    boundaries: int
+
+
+def trace(situation: Situation) -> Trace:
+    """The trace of a step, from a rack with few blocks."""
+    small, counts = shortened(situation)
+    return _sum_up(_step(small), counts)
+
+
+def full_trace(situation: Situation) -> Trace:
+    """The same from all blocks; slow, and equal."""
+    return _sum_up(_step(situation), [1] * len(situation.spec.blocks))
+
+
+def _sum_up(step: Step, counts: list[int]) -> Trace:
+    """Put the segments in a row, those of a block as often as it stands for one."""
+    most = {}
+    for item in ITEMS:
+        now = peak = 0
+        for segment in step.segments:
+            delta = segment.delta(item, counts)
+            count = 1 if segment.block < 0 else counts[segment.block]
+            peak = max(peak, now + segment.changes[item].peak + max(0, delta - delta // count))
+            now += delta
+        most[item] = peak
+    return Trace(most, sum(size * counts[block] for block, size in step.boundaries))
+
+
+class _Marks:
+    """Cuts a step into segments."""
+
+    def __init__(self, live: LiveBytes, step: StepBytes) -> None:
+        self.live, self.ledger = live, step.ledger
+        self.segments: list[Segment] = []
+        self.boundaries: dict[int, int] = {}
+        self._block: int | None = None
+
+    def start(self, block: int = -1) -> None:
+        """End the segment before and begin the next."""
+        self.end()
+        self._block, self._before = block, self._now()
+        self._elsewhere = self.live.elsewhere()
+        self.live.start(block)
+        self.ledger.restart()
+
+    def end(self) -> None:
+        """End the last segment."""
+        if self._block is None:
+            return
+        now, most = self._now(), Counter(self.ledger.most)
+        most[LIVE], most[DEVICE] = self.live.peak, self.ledger.peak
+        came: dict[str, tuple[tuple[int, int], ...]]
+        came = {item: ((-1, now[item] - was),) for item, was in self._before.items()}
+        moved = self._elsewhere - self.live.elsewhere()
+        came[LIVE] = (*sorted(self.live.changes.items()), (-1, moved))
+        changes = {item: Change(came[item], most[item] - was) for item, was in self._before.items()}
+        self.segments.append(Segment(self._block, changes))
+        self._block = None
+
+    def _now(self) -> dict[str, int]:
+        held = Counter(self.ledger.live)
+        held[LIVE], held[DEVICE] = self.live.now, self.ledger.on_device
+        return {item: held[item] for item in ITEMS}
+
+
+_RUN = Decision(False, "run")
+
+
+@lru_cache(maxsize=256)
+def _step(situation: Situation) -> Step:
+    with torch.device("meta"):
+        rack = build_rack(situation.spec)
+    with fake_tensors(situation.kind):
+        without_storage(rack)
+        return _run(rack, situation)
+
+
+def _run(rack: Rack, situation: Situation) -> Step:
+    device = torch.device("cpu")
+    split = apply_training(rack, situation.units, situation.alone)
+    # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
+    setup = StageSetup(rack, set(situation.units), split, None, _RUN, None, 0.0, situation.seq_len)  # type: ignore[arg-type]
+    narrow(rack, situation.memory)
+    _reside(rack, device, situation)
+    step, on_host = StepBytes(rack), _HostGradients(rack)
+    live = LiveBytes(
+        [*rack.parameters(), *rack.buffers()],
+        lambda: step.ledger.live.get(HOST, 0) + on_host.bytes,
+    )
+    marks, objective = _Marks(live, step), CausalLM()
+    freed = []
+    if situation.memory == "fused":
+        freed = [p.register_post_accumulate_grad_hook(_forget) for p in rack.parameters() if p.requires_grad]
+    with live, step.counting():
+        _mark_blocks(rack, marks)
+        for _ in range(situation.micro_batches):
+            marks.start()
+            example = objective.corrupt(_batch(situation))
+            with autocast_to(situation.dtype, device):
+                hidden = setup.forward(example)
+                marks.start()
+                loss = objective.loss(hidden, rack.head.matrix, example, situation.loss_rows)[0]
+            loss = loss / (example.labels >= 0).sum()
+            del hidden
+            marks.start()
+            loss.backward()
+            del loss, example
+        marks.end()
+    for hook in freed:
+        hook.remove()
+    return Step(tuple(marks.segments), tuple(marks.boundaries.items()))
+
+
+def _reside(rack: Rack, device: torch.device, situation: Situation) -> None:
+    """What `trunk.residency.reside` does, but for moving tensors, which have no place here."""
+    for block in rack.blocks():
+        if (situation.trained if trains(block) else situation.frozen) != "resident":
+            block.parked = Parked()
+    rest = recompute_block if situation.recompute else run_block
+    rack.runner = Streamer(rack.blocks(), device, rest=rest) if parked_blocks(rack.blocks()) else rest
+
+
+class _HostGradients:
+    """Bytes of the gradients that parked blocks keep in host memory."""
+
+    def __init__(self, rack: Rack) -> None:
+        self.bytes, self._seen = 0, set()  # type: ignore[var-annotated]
+        for block in parked_blocks(rack.blocks()):
+            for parameter in block.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(self._came)
+
+    def _came(self, parameter: Tensor) -> None:
+        if id(parameter) not in self._seen:
+            self._seen.add(id(parameter))
+            self.bytes += parameter.nbytes
+
+
+def _forget(parameter: Tensor) -> None:
+    """What becomes of a gradient that has been used at once."""
+    parameter.grad = None
+
+
+def _mark_blocks(rack: Rack, marks: _Marks) -> None:
+    """Begin a segment where a block's forward pass begins, and where its backward pass does."""
+    runner = rack.runner
+
+    def marked(index: int, block: Block, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
+        marks.start(index)
+        out = runner(index, block, x_BTD, context, cache)
+        if out.requires_grad:
+            marks.boundaries[index] = out.nbytes
+            out.register_hook(lambda grad: marks.start(index))
+        return out
+
+    rack.runner = marked
+
+
+def _batch(situation: Situation) -> dict[str, Any]:
+    """What the loader hands out, without values."""
+    shape = (situation.batch_size, situation.seq_len)
+    batch = {
+        "input_ids": torch.empty(shape, dtype=torch.int64),
+        "next_ids": torch.empty(shape[:1], dtype=torch.int64),
+    }
+    if situation.edges:
+        batch["document_ids"] = torch.empty(shape, dtype=torch.int32)
+        batch["position_ids"] = torch.empty(shape, dtype=torch.int64)
+    return batch
