@@ -129,11 +129,12 @@ def test_folding_keeps_the_parameter_and_what_trains(rack):
     assert weight.requires_grad
 
 
-def test_folding_what_is_merged_gives_the_same(rack, ids):
+@pytest.mark.parametrize("merged", [None, "lora", "mora"])
+def test_folding_beside_what_is_merged_gives_the_same(rack, ids, merged):
     stack = adapted(rack, "nf4", "lora", "mora")
     with torch.no_grad():
         before = rack(ids)
-        merge(stack)
+        merge(stack, merged)
         fold(stack, "lora")
         torch.testing.assert_close(rack(ids), before, **CLOSE)
 
@@ -155,9 +156,12 @@ def test_merge_and_requantise_folds_into_the_stored_weights_and_starts_anew(rack
     assert all(not torch.equal(p, started[n]) for n, p in adapter_parameters(stack).items())
     if method == "lora":
         first = {n: p.clone() for n, p in adapter_parameters(stack).items()}
-        merge_and_requantise(stack, method, seed=3, restart=2)
-        drawn = [n for n in first if ".lora_A." in n]
-        assert not any(torch.equal(adapter_parameters(stack)[n], first[n]) for n in drawn)
+        for seed, restart in ((3, 2), (4, 1)):
+            merge_and_requantise(stack, method, seed=seed, restart=restart)
+            drawn = [n for n in first if ".lora_A." in n]
+            assert not any(torch.equal(adapter_parameters(stack)[n], first[n]) for n in drawn)
+        merge_and_requantise(stack, method, seed=3, restart=1)
+        assert all(torch.equal(parameter, first[n]) for n, parameter in adapter_parameters(stack).items())
 
 
 def test_requantising_gives_what_quantising_the_sum_gives(rack):
@@ -227,3 +231,12 @@ def test_a_broken_set_is_not_merged(rack, act):
     with pytest.raises(ValueError, match=r"blocks.0.ffn.down.lora_B.lora.weight of stack 's0' hold numbers"):
         act(stack, "lora")
     assert all(torch.equal(t, before[n]) for n, t in rack.state_dict().items() if "ffn.down.lora_B" not in n)
+
+
+def test_requantising_beside_a_merged_set_keeps_the_output(rack, ids):
+    stack = adapted(rack, "fp32", "lora", "mora")
+    with torch.no_grad():
+        before = rack(ids)
+        merge(stack, "mora")
+        merge_and_requantise(stack, "lora")
+        torch.testing.assert_close(rack(ids), before, **CLOSE)
