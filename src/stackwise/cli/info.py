@@ -11,6 +11,7 @@ from stackwise.cli.output import print_json
 
 EXTRAS = {
     "matplotlib": ("the plots of a report", "train"),
+    "peft": ("training.progressive.qlora_enabled", "adapters"),
     "pyarrow": ("data.source=parquet", "parquet"),
     "datasets": ("data.source=hf", "hf"),
     "huggingface_hub": ("data.tokenizer from the hub", "hf"),
