@@ -104,8 +104,8 @@ def test_frozen_tensors_do_not_change_by_a_bit_and_have_no_moments(tiny, monkeyp
     seen = []
     begin, finish = Engine._set_up, Engine._finish
 
-    def watch_begin(self, stage):
-        begin(self, stage)
+    def watch_begin(self, stage, *rest):
+        begin(self, stage, *rest)
         frozen = {n: p.detach().clone() for n, p in self.rack.named_parameters() if not p.requires_grad}
         self.watched = frozen
 

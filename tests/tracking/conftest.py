@@ -170,6 +170,7 @@ def _events(
             "gradients": 4 * stage["trainable_params"],
             "moments": 8 * stage["trainable_params"],
             "activations": 700_000 * (blocks_per_stack * (stage["n_stacks"] if prefix == 0 else 1) + 1),
+            "buffers": 0,
         }
         yield event(
             "stage_end",
@@ -184,7 +185,13 @@ def _events(
             tokens=batch_tokens * stage["steps"],
             flops=flops - begin_flops,
             trainable_params=stage["trainable_params"],
-            bytes={**items, "total": sum(items.values())},
+            bytes={
+                **items,
+                "total": sum(items.values()),
+                "peak": sum(items.values()),
+                "host": 0,
+                "allocated": None,
+            },
         )
     yield evaluate(len(stages) - 1, "final", evaluation)
     yield event(

@@ -147,7 +147,7 @@ def _compare(grown: Outcome, plain: bool) -> None:
     rows = []
     for outcome in outcomes:
         result = outcome.result
-        peak = max(stage["bytes"]["total"] for stage in result["training_history"])
+        peak = max(stage["bytes"]["peak"] for stage in result["training_history"])
         rows.append(
             [
                 outcome.label,

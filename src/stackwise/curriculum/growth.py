@@ -83,7 +83,7 @@ def copy_blocks(old: Rack, new: Rack, sources: Copies) -> None:
     values = {
         f"stacks.{stack.uid}.{name}": tensor
         for stack in old.stacks
-        for name, tensor in _plain_tensors(stack).items()
+        for name, tensor in plain_tensors(stack).items()
     }
     targets = new.state_dict()
     for target, source in sources.items():
@@ -92,7 +92,8 @@ def copy_blocks(old: Rack, new: Rack, sources: Copies) -> None:
                 tensor.copy_(values[source + name.removeprefix(target)])
 
 
-def _plain_tensors(stack: Stack) -> dict[str, Tensor]:
+def plain_tensors(stack: Stack) -> dict[str, Tensor]:
+    """The tensors of the plain fp32 stack that computes what this one does: unpacked, adapters folded in."""
     tensors = dense_tensors(stack)
     if stack.adapters:
         from stackwise.adapters.merge import folded_weights

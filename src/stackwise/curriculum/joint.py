@@ -21,6 +21,9 @@ def joint_stages(config: StackWiseConfig, before: list[Stage], start: RackSpec |
     `start`: the rack that the first stage of `before` finds; null: the config's.
     """
     progressive, count = config.training.progressive, stacks_at_the_end(config)
+    state = progressive.growth_optimizer.replace("copy", "carry")
+    if any(stage.alone is not None for stage in before):
+        state = "reset"  # the last of them may have been any stack, in any process
     end = max(
         (stage.data_start + stage.steps for stage in before if stage.data_start is not None), default=None
     )
@@ -35,7 +38,7 @@ def joint_stages(config: StackWiseConfig, before: list[Stage], start: RackSpec |
             io_lr=progressive.joint_lr,
             adapter_lr=progressive.joint_lr,
             # Within the phase nothing grows, so the moments are still right.
-            optimizer_state="carry" if i else progressive.growth_optimizer.replace("copy", "carry"),
+            optimizer_state="carry" if i else state,
         )
         for i, (name, trains) in enumerate(_thawed(config, count))
     ]

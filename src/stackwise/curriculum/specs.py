@@ -35,7 +35,10 @@ def first_spec(config: StackWiseConfig, stages: list[Stage]) -> RackSpec:
         chosen = sorted(progressive.train_stacks or range(len(blocks)))
         return spec.with_stacks([StackSpec(f"s{last - p}", blocks[p], last - p) for p in chosen])
     first = blocks[len(blocks) - count :] if mode == "prepend" else blocks[:count]
-    return spec.with_stacks([StackSpec(f"s{i}", stack, i) for i, stack in enumerate(first)])
+    loaded = config.checkpoint.init_from is not None
+    return spec.with_stacks(
+        [StackSpec(f"s{i}", stack, i, trained=loaded) for i, stack in enumerate(first)]
+    )
 
 
 def stage_specs(

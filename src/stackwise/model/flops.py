@@ -102,12 +102,14 @@ def step_flops(
     seq_len: int,
     *,
     recompute: bool = False,
+    recompute_frozen: bool | None = None,
     cached: int = 0,
     alone: int | None = None,
 ) -> float:
     """FLOP per token of one training step that trains the named units (see `rows_of`; and "embedding", "norm", "head").
 
-    `recompute`: blocks that gradients pass run their forward pass twice. `cached`: leading blocks whose output is
+    `recompute`: blocks that gradients pass run their forward pass twice; `recompute_frozen` (null: alike) says it for
+    those of which no more than adapters train. `cached`: leading blocks whose output is
     read from the activation store. Looking up the embedding is free.
     """
     total, flows = 0.0, "embedding" in trained
@@ -115,7 +117,8 @@ def step_flops(
         if index < cached:
             continue
         forward, backward, flows = _block_flops(work, seq_len, flows)
-        total += forward * (2 if recompute and flows else 1) + backward
+        again = recompute if work.trains or recompute_frozen is None else recompute_frozen
+        total += forward * (2 if again and flows else 1) + backward
     head = 2.0 * spec.vocab_size * spec.d_model
     flows = flows or "norm" in trained
     own = "embedding" if spec.tied else "head"

@@ -165,7 +165,7 @@ class ConsoleProgress:
         shown = self._before is not None and self._before["step"] == event["step"]
         if event["eval_loss"] is not None and not shown:
             facts.append(f"validation {units.loss(event['eval_loss'])}")
-        facts += [units.duration(event["seconds"]), f"{units.size(event['bytes']['total'])} counted memory"]
+        facts += [units.duration(event["seconds"]), f"{units.size(event['bytes']['peak'])} counted memory"]
         mark = "  done  " if self._ascii else "  ✓ "
         self._print_facts(facts, (mark, "green"))
 

@@ -33,7 +33,11 @@ _BYTES: dict[str, str] = {
     "gradients": "int",
     "moments": "int",
     "activations": "int",
+    "buffers": "int",
     "total": "int",
+    "peak": "int",
+    "host": "int",
+    "allocated": "int?",
 }
 
 FIELDS: dict[str, dict[str, str]] = {

@@ -212,7 +212,9 @@ def _memory(axes: Axes, run: RunHistory) -> None:
     stages = [stage for stage in run.stages if stage.end]
     ends = [stage.end for stage in stages if stage.end]
     bottoms = [0.0] * len(ends)
-    for item, colour in zip(("parameters", "gradients", "moments", "activations"), _CYCLE, strict=False):
+    for item, colour in zip(
+        ("parameters", "gradients", "moments", "activations", "buffers"), _CYCLE, strict=False
+    ):
         heights = [end["bytes"][item] for end in ends]
         axes.bar(
             range(len(ends)), heights, bottom=bottoms, width=0.66, color=colour, label=item,
@@ -221,7 +223,7 @@ def _memory(axes: Axes, run: RunHistory) -> None:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for i, end in enumerate(ends):
         axes.annotate(
-            units.size(end["bytes"]["total"]), (i, bottoms[i]), xytext=(0, 3), textcoords="offset points",
+            units.size(end["bytes"]["peak"]), (i, bottoms[i]), xytext=(0, 3), textcoords="offset points",
             ha="center", fontsize=9 if len(ends) <= 6 else 7,
         )  # fmt: skip
     axes.set_xticks(range(len(ends)))

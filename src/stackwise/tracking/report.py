@@ -173,7 +173,7 @@ def _stage_row(stage: StageHistory, deepest: int) -> str:
     loss, validation, seconds, memory = "–", None, None, None
     if end:
         loss = f"{units.loss(end['loss_first'])} → {units.loss(end['loss_last'])}"
-        validation, seconds, memory = end["eval_loss"], end["seconds"], end["bytes"]["total"]
+        validation, seconds, memory = end["eval_loss"], end["seconds"], end["bytes"]["peak"]
     elif stage.steps:
         loss = f"{units.loss(stage.steps[0]['loss'])} → {units.loss(stage.steps[-1]['loss'])}"
     trains = ", ".join((stage.plan or {}).get("trains", []))

@@ -20,7 +20,7 @@ from torch import Tensor
 from stackwise.training.eightbit import BLOCK, dequantise, dynamic_map, quantise, scale_count
 from stackwise.training.rounding import Rounding, round_stochastically
 
-PIECES = {"cpu": 2**16}
+PIECES = {"cpu": 2**18}
 PIECES_ELSEWHERE = 2**23
 KERNEL_DEVICES = {"cuda"}
 """Where bitsandbytes' kernel does the update of fp32 weights; on a CPU it takes three times as long as ours."""

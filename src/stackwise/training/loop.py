@@ -36,7 +36,7 @@ from stackwise.training.optim import Optimizers, OptimizerState, carried
 from stackwise.training.parked import resting
 from stackwise.training.progress import Progress
 from stackwise.training.schedule import stage_factor
-from stackwise.training.stage_setup import StageSetup, set_up
+from stackwise.training.stage_setup import StageSetup, set_up, shared_samples
 from stackwise.trunk.manager import MemoryManager
 
 Event = dict[str, Any]
@@ -89,7 +89,9 @@ class Engine:
         outputs of the trunk are stored."""
         self.config, self.stages, self.loader = config, stages, loader
         self.device, self.dtype = device, dtype
-        self.rack = rack.to(device)
+        training = config.training
+        resident = training.residency == training.progressive.trunk_residency == "resident"
+        self.rack = rack.to(device) if resident else rack  # what is streamed may not fit: `set_up` places it
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
         self.objective = CausalLM()
@@ -116,21 +118,28 @@ class Engine:
         Raises NumericError when a loss or gradient is not finite (unless told to skip), and Interrupted after a
         signal, once the state is saved.
         """
-        with InterruptGuard() as guard:
-            while self.progress.stage < len(self.stages):
-                stage = self.stages[self.progress.stage]
-                if not self.progress.begun:
-                    self._begin(stage)
-                elif self._resumed:
-                    self._take_up(stage)
-                while self.progress.stage_step < stage.steps:
-                    self._train_step(stage)
-                    self._after_step(stage)
-                    if self.progress.stage_step < stage.steps:
-                        self._stop_if_asked(guard, stage)
-                self._finish(stage)
-                self._stop_if_asked(guard, stage)
+        done = False
+        try:
+            with InterruptGuard() as guard:
+                while self.progress.stage < len(self.stages):
+                    self._run_stage(self.stages[self.progress.stage], guard)
+            done = True
+        finally:
+            self.manager.close(remove=done)  # what a stopped run has stored serves when it is resumed
         return self.progress.history
+
+    def _run_stage(self, stage: Stage, guard: InterruptGuard) -> None:
+        if not self.progress.begun:
+            self._begin(stage)
+        elif self._resumed:
+            self._take_up(stage)
+        while self.progress.stage_step < stage.steps:
+            self._train_step(stage)
+            self._after_step(stage)
+            if self.progress.stage_step < stage.steps:
+                self._stop_if_asked(guard, stage)
+        self._finish(stage)
+        self._stop_if_asked(guard, stage)
 
     def _begin(self, stage: Stage) -> None:
         """Grow, store what froze, attach adapters, freeze, and build the optimizer of a stage."""
@@ -144,25 +153,30 @@ class Engine:
         training = self.config.training
         merges = training.progressive.trunk_lora_mode == "merge"
         self.rack, copies = realise(self.rack, stage, spec, seed=training.seed, merge_trunk=merges)
+        followed = p.stores is True
         p.start_stage()
-        self._set_up(stage)
+        self.loader.reshape(stage.seq_len, stage.batch_size)
+        if stage.data_start is not None:
+            self.loader.seek(stage.data_start * training.gradient_accumulation_steps)
+        self._batches = iter(self.loader)
+        self._set_up(stage, followed)
         assert self.optimizers is not None
         self.optimizers.load(carried(before, stage.optimizer_state, copies))
         later = self.stages[p.stage + 1 :]
         specs = stage_specs(self.config, later, spec, self.run_format)
         self.parked = resting(before, self.optimizers.names.values(), later, specs)
-        self.loader.reshape(stage.seq_len, stage.batch_size)
-        if stage.data_start is not None:
-            self.loader.seek(stage.data_start * training.gradient_accumulation_steps)
-        self._batches = iter(self.loader)
         grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
         self._announce(stage, grown)
         if stage.grow is not None and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
-    def _set_up(self, stage: Stage) -> None:
-        """What trains, in which split, from which trunk, with which optimizer."""
-        following = self.stages[self.progress.stage + 1 : self.progress.stage + 2]
+    def _set_up(self, stage: Stage, followed: bool = False) -> None:
+        """What trains, in which split, from which trunk, with which optimizer.
+
+        `followed`: the stage before has stored the outputs of its trunk.
+        """
+        n_samples = None if self.identity is None else self.loader.rows  # type: ignore[attr-defined]
+        shares = shared_samples(self.stages, self.progress.stage, self.config, n_samples or 1)
         self.setup = set_up(
             self.rack,
             stage,
@@ -171,9 +185,12 @@ class Engine:
             run_format=self.run_format,
             manager=self.manager,
             identity=self.identity or {},
-            n_samples=None if self.identity is None else self.loader.rows,  # type: ignore[attr-defined]
-            goes_on=any(later.grow is not None and later.grow.op == "append" for later in following),
+            n_samples=n_samples,
+            follows=shares[0] if followed else 0.0,
+            later=shares[1],
+            stores=self.progress.stores,
         )
+        self.progress.stores = self.setup.decision.use
         self.optimizers = self.setup.optimizers
 
     def _announce(self, stage: Stage, new: list[str]) -> None:

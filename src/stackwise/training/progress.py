@@ -28,11 +28,12 @@ class Progress:
     loss_sum: float = 0.0
     """Losses since the last log line, and how many."""
     loss_count: int = 0
-    activation_bytes: int = 0
-    bytes: dict[str, int] = field(default_factory=dict)
-    """What a step of this stage holds, by item; counted at its first step."""
+    bytes: dict[str, Any] = field(default_factory=dict)
+    """What a step of this stage holds, by item (see `StepBytes.result`); counted at its first step."""
     eval_loss: float | None = None
     """The last evaluation, nats per token."""
+    stores: bool | None = None
+    """Whether this stage keeps the outputs of its frozen trunk; decided once, for it may round them."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage."""
 
@@ -48,4 +49,4 @@ class Progress:
         self.begun, self.stage_step = True, 0
         self.stage_seconds, self.stage_tokens, self.stage_flops = 0.0, 0, 0.0
         self.loss_first, self.loss_last, self.loss_sum, self.loss_count = None, None, 0.0, 0
-        self.activation_bytes = 0
+        self.stores = None

@@ -80,5 +80,5 @@ def stage_end(rack: Rack, p: Progress, stage: Stage, eval_loss: float | None) ->
         "tokens": p.stage_tokens,
         "flops": p.stage_flops,
         "trainable_params": rack.get_trainable_parameter_count(),
-        "bytes": p.bytes,
+        "bytes": {**p.bytes, "host": sum(p.bytes["host"].values())},
     }

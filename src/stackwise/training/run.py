@@ -35,6 +35,7 @@ from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import IncompatibleResumeError, Interrupted
 from stackwise.training.loop import Engine, Hooks
+from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder
 from stackwise.training.validate import bits_per_byte, validate
 
@@ -83,6 +84,8 @@ def train(
         if commit is None:
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
+            if resolved.checkpoint.init_from is not None:
+                notes = [start_from(rack, resolved.checkpoint.init_from, corpus.tokenizer), *notes]
             engine = Engine(resolved, rack, stages, loader, **where)
         else:
             engine = _restore(resolved, loader, store, commit, metrics, where)

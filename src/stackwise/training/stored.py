@@ -20,6 +20,8 @@ from stackwise.training.errors import IncompatibleResumeError
 
 FREE = {"checkpoint", "tracking", "generation", "evaluation"}
 """Sections that a resumed run may change; the others decide its course."""
+DECIDING = {"checkpoint.init_from"}
+"""Keys of these sections that decide it all the same."""
 FREE_KEYS = {"training.device", "training.run_id", "data.num_workers", "data.cache_dir", "training.compile"}
 
 
@@ -123,5 +125,6 @@ def course_changes(old: StackWiseConfig, new: StackWiseConfig) -> list[tuple[str
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE and key not in FREE_KEYS
+        if before.get(key) != after.get(key)
+        and (key in DECIDING or (key.split(".")[0] not in FREE and key not in FREE_KEYS))
     ]

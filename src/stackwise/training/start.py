@@ -1,0 +1,60 @@
+"""Starting a run from the weights of another one (`checkpoint.init_from`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from stackwise.config.errors import ConfigError, Problem
+from stackwise.curriculum.growth import plain_tensors
+from stackwise.data.tokenizers import Tokenizer
+from stackwise.model.rack import Rack
+from stackwise.training.stored import open_run
+
+KEY = "checkpoint.init_from"
+
+
+@torch.no_grad()
+def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer) -> str:
+    """Load every tensor of `rack` that the run at `path` holds by name; says in a sentence what was taken.
+
+    Stacks in a storage format are unpacked, adapters folded into their weights. Raises RunFolderError or
+    CheckpointError where there is no such run, and ConfigError where its tokens, the order of its stacks or a shape
+    are others, or nothing fits.
+    """
+    run = open_run(path)
+    if run.tokenizer.hash != tokenizer.hash:
+        raise ConfigError(
+            Problem(KEY, "has another tokenizer, so its embedding means other tokens", str(path))
+        )
+    theirs = [stack.uid for stack in run.rack.stacks]
+    shared = [stack.uid for stack in rack.stacks if stack.uid in theirs]
+    if shared != [uid for uid in theirs if uid in shared]:
+        message = f"has its stacks in another order ({', '.join(theirs)}) than this run ({', '.join(shared)})"
+        raise ConfigError(Problem(KEY, message, str(path), hint="use its building_mode"))
+    values = {n: t for n, t in run.rack.state_dict().items() if not n.startswith("stacks.")}
+    for stack in run.rack.stacks:
+        values |= {f"stacks.{stack.uid}.{name}": tensor for name, tensor in plain_tensors(stack).items()}
+    own = rack.state_dict()
+    taken = [name for name in own if name in values]
+    problems = [
+        f"{name} is {list(values[name].shape)} there and {list(own[name].shape)} here"
+        for name in taken
+        if values[name].shape != own[name].shape
+    ]
+    if problems:
+        raise ConfigError(Problem(KEY, "holds tensors of other shapes: " + "; ".join(problems), str(path)))
+    if not taken:
+        raise ConfigError(Problem(KEY, "holds no tensor of this model", str(path)))
+    for name in taken:
+        own[name].copy_(values[name])
+    for stack in rack.stacks:
+        stack.trained = stack.trained or stack.uid in shared
+    rack.spec = rack.spec.with_stacks(
+        [replace(stack, trained=stack.trained or stack.uid in shared) for stack in rack.spec.stacks]
+    )
+    fresh = sorted({rack.part_of(name) for name in own if name not in values})
+    rest = f"; new: {', '.join(fresh)}" if fresh else ""
+    return f"started from {run.folder.path}, commit {run.commit.id}: {len(taken)} of {len(own)} tensors{rest}"
