@@ -92,7 +92,7 @@ class FolderLock:
                 os.close(fd)
                 raise
             # Its holder may have removed the folder between the opening and the locking.
-            if True:
+            if self.path.exists() and os.fstat(fd).st_ino == self.path.stat().st_ino:
                 self._fd = fd
                 FolderLock._held.add(self)
             else:
