@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stackwise.config import adapter_rules, precision_rules, residency_rules
-from stackwise.config.rules import appends, copies_stacks, program_of, stacks_at_the_end
+from stackwise.config import adapter_rules, cache_rules, precision_rules, residency_rules
+from stackwise.config.rules import appends, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -178,6 +178,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     *adapter_rules.INERT,
     *precision_rules.INERT,
     *residency_rules.INERT,
+    *cache_rules.INERT,
     (
         "training.progressive.progressive_qlora",
         lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",

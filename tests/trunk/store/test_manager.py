@@ -82,6 +82,16 @@ def test_budgets_are_common_to_all_stores(kit, tmp_path):
     assert manager.disk.used == kit.size(tmp_path) > 0
 
 
+def test_a_store_taken_up_again_counts_once(kit, tmp_path):
+    fill(kit, tmp_path, "a", 1)
+    manager = MemoryManager(10**6, tmp_path, ram_bytes=0, dtype="float32")
+    store = open_store(manager, kit, "a")
+    assert manager.disk.used == kit.size(tmp_path)
+    assert torch.equal(store.read(IDS), kit.entries(12))
+    manager.close(remove=True)
+    assert manager.disk.used == 0
+
+
 def test_without_a_limit_it_is_80_percent_of_what_could_be_free(kit, tmp_path, monkeypatch):
     fill(kit, tmp_path, "a", 1)
     monkeypatch.setattr("stackwise.trunk.manager.free_bytes", lambda path: 1000)

@@ -1,0 +1,46 @@
+"""Keys of stored trunk outputs that have no effect beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stackwise.config.residency_rules import freezes_blocks
+from stackwise.config.rules import program_of
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+
+
+def has_frozen_prefix(config: StackWiseConfig) -> bool:
+    """Whether frozen blocks ever lie before what trains."""
+    return freezes_blocks(config) and program_of(config) not in ("prepend", "independent")
+
+
+def _never_stores(config: StackWiseConfig) -> bool:
+    return has_frozen_prefix(config) and config.training.progressive.cache_activations is False
+
+
+def _needs_no_folder(config: StackWiseConfig) -> bool:
+    return config.training.progressive.trunk_residency != "mapped"
+
+
+_OFF = "training.progressive.cache_activations is false"
+_NO_PREFIX = "no frozen block lies before what trains"
+
+INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
+    *(
+        (f"training.progressive.{key}", lambda c: not has_frozen_prefix(c), _NO_PREFIX)
+        for key in ("cache_activations", "cache_max_bytes", "cache_ram_bytes", "cache_dtype")
+    ),
+    *(
+        (f"training.progressive.{key}", _never_stores, _OFF)
+        for key in ("cache_max_bytes", "cache_ram_bytes", "cache_dtype")
+    ),
+    (
+        "training.progressive.cache_dir",
+        lambda c: not has_frozen_prefix(c) and _needs_no_folder(c),
+        _NO_PREFIX,
+    ),
+    ("training.progressive.cache_dir", lambda c: _never_stores(c) and _needs_no_folder(c), _OFF),
+]
