@@ -285,6 +285,8 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "checkpoint.init_from": "tests/curriculum/test_start.py::"
+    "test_init_from_starts_from_the_weights_of_another_run",
     "training.progressive.qlora_lr": "tests/adapters/test_stages.py::test_adapters_train_at_a_rate_of_their_own",
     "training.progressive.trunk_lora_mode": "tests/adapters/test_builder.py::test_in_merge_mode_trunk_sets_are_folded_in_when_the_next_stack_arrives",
     "training.residency": "tests/trunk/streaming/test_streamed_runs.py::test_residency_changes_where_bytes_are_and_no_number",

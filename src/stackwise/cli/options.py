@@ -108,7 +108,7 @@ def complete_section(incomplete: str) -> list[str]:
     return [name for name in sorted({*keys, *sections}) if name.startswith(incomplete)]
 
 
-def _complete_run(incomplete: str) -> list[str]:
+def complete_run(incomplete: str) -> list[str]:
     return [*_run_names(), *_complete_path(incomplete)]
 
 
@@ -129,7 +129,7 @@ Overrides = Annotated[
 Run = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run folder, or its name where it lies in ./runs.", autocompletion=_complete_run
+        metavar="RUN", help="A run folder, or its name where it lies in ./runs.", autocompletion=complete_run
     ),
 ]
 Threads = Annotated[

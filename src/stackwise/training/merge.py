@@ -13,6 +13,7 @@ from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
 from stackwise.config.errors import show
 from stackwise.config.notes import tunes_jointly
+from stackwise.config.resolve import resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.config.rules import program_of, stacks_at_the_end
 from stackwise.curriculum.joint import joint_stages
@@ -53,6 +54,7 @@ def merge(runs: list[str | Path], out: str | Path) -> Merged:
     base, positions = _place(opened, count)
     _check_around(base, opened)
     folder = RunFolder.create(out)
+    config, _ = resolve(config)  # what a joint phase needs was of no use to the parts
     config.training.run_id, config.checkpoint.dir = folder.path.name, str(folder.path.parent)
     folder.write_config(dump(config.to_dict()))
     folder.write_environment()
