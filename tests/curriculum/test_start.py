@@ -59,7 +59,9 @@ def test_what_does_not_fit_is_named(tiny, source):
     def rack(**changes) -> Rack:
         return Rack(rack_spec(tiny(model__vocab_size=tokenizer.vocab_size, **changes), 2))
 
-    with pytest.raises(ConfigError, match=r"other shapes: .*embedding.weight is \[\d+, 16\] there and \[\d+, 32\]"):
+    with pytest.raises(
+        ConfigError, match=r"other shapes: .*embedding.weight is \[\d+, 16\] there and \[\d+, 32\]"
+    ):
         start_from(rack(model__d_model=32), source, tokenizer)
     with pytest.raises(ConfigError, match="another tokenizer"):
         start_from(rack(), source, ByteTokenizer())
