@@ -22,7 +22,10 @@ FREE = {"checkpoint", "tracking", "generation", "evaluation"}
 """Sections that a resumed run may change; the others decide its course."""
 DECIDING = {"checkpoint.init_from"}
 """Keys of these sections that decide it all the same."""
-FREE_KEYS = {"training.device", "training.run_id", "data.num_workers", "data.cache_dir", "training.compile"}
+FREE_KEYS = {
+    *("training.device", "training.run_id", "training.compile", "data.num_workers", "data.cache_dir"),
+    *("training.residency", "training.progressive.trunk_residency"),
+}
 
 
 @dataclass

@@ -121,8 +121,8 @@ def test_a_stack_that_joins_streamed_ones_waits_in_host_memory(tiny):
         assert torch.equal(tensor, source[name])
 
 
-def test_a_streamed_run_resumes_where_it_stopped(tiny, monkeypatch):
-    options = {"training__max_steps": 4, **STREAMED}
+def test_a_run_goes_on_elsewhere_than_where_it_stopped(tiny, monkeypatch):
+    options = {"training__max_steps": 4}
     whole = train(tiny(training__run_id="whole", **options), sinks=[])
 
     class Killed(BaseException):
@@ -139,6 +139,6 @@ def test_a_streamed_run_resumes_where_it_stopped(tiny, monkeypatch):
         patch.setattr(Engine, "_train_step", step)
         with pytest.raises(Killed):
             train(tiny(training__run_id="parts", **options), sinks=[])
-    rest = train(tiny(training__run_id="parts", **options), sinks=[])
+    rest = train(tiny(training__run_id="parts", **options, **STREAMED), sinks=[])
     assert rest["resumed_from"] is not None
     assert hashes(rest) == hashes(whole)
