@@ -39,7 +39,7 @@ def hand_written(config: StackWiseConfig, steps_per_epoch: int | None = None) ->
                 raise ValueError("grows, but there is nothing before the first stage")
             before = first_spec(sized, [stage]) if spec is None else spec
             grown = before if stage.grow is None else grow_spec(before, stage.grow)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter for block options that nobody knows
             problems.append(Problem(key, str(error)))
             break  # what the later stages find is not known
         count = len(grown.stacks)
@@ -120,7 +120,7 @@ def _check(config: StackWiseConfig, stage: Stage, record: StageSettings, spec: R
     others = sorted(
         unit
         for unit in trained_units(spec, stage)
-        if ":" in unit and unit.split(":")[1].split(".")[0] != runs[0]
+        if unit == "tail" or (":" in unit and unit.split(":")[1].split(".")[0] != runs[0])
     )
     if others:
         raise ValueError(f"trains {', '.join(others)}, which does not run in it")

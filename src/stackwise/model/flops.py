@@ -85,7 +85,7 @@ def rows_of(spec: RackSpec, trained: Collection[str], alone: int | None = None) 
     for stack in spec.stacks:
         if alone is None or stack.build_index == alone:
             yield from _rows_of_stack(stack, trained)
-    for block in spec.tail:
+    for block in spec.tail if alone is None else ():
         yield Work(block, "tail" in trained, (), frozenset())
 
 
