@@ -34,6 +34,14 @@ def test_a_linear_layer_computes_in_the_dtype_of_its_input(rows, inner, outer, b
         torch.testing.assert_close(offset.grad.double(), wide[2].grad, atol=1e-3, rtol=1e-4)
 
 
+def test_no_wide_copy_of_a_weight_is_kept_for_the_backward_pass():
+    weight = torch.randn(96, 64).bfloat16().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear(torch.randn(5, 64, requires_grad=True), weight)
+    assert [t.dtype for t in saved if t.numel() == weight.numel()] == [torch.bfloat16]
+
+
 def test_a_rows_gradient_is_summed_before_it_is_rounded():
     """Four thousand tokens of three kinds; a sum in bf16 would stop at a few hundred."""
     ids = torch.randint(0, 3, (4, 1000))

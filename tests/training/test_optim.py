@@ -71,6 +71,13 @@ def test_new_stack_and_trunk_have_their_own_rates(tiny):
     assert rates["head.weight"] == rates["tail.0.attn.q.weight"] == 3e-3
 
 
+def test_embedding_tail_norm_and_head_share_the_rate_of_input_and_output(tiny):
+    _, optimizers = make(tiny, ("all",), stage_options={"lr": 0.5, "io_lr": 0.125})
+    for name, group in groups(optimizers).items():
+        inside = name.startswith("stacks.")
+        assert group["lr"] == (0.5 if "stacks.s1" in name else 3e-3 if inside else 0.125), name
+
+
 def test_groups_override_rates_and_an_unmatched_one_is_an_error(tiny):
     _, optimizers = make(
         tiny, training__optimizer__groups=[{"match": "^head", "lr": 0.7, "weight_decay": 0.3}]

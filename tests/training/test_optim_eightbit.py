@@ -146,7 +146,7 @@ def test_many_steps_are_the_formula_with_moments_rounded_in_between():
 
 def test_pieces_do_not_show(monkeypatch):
     results = []
-    for size in (2 * BLOCK, 2**16):
+    for size in (2 * BLOCK, 2**18):
         monkeypatch.setitem(adam8bit.PIECES, "cpu", size)
         torch.manual_seed(5)
         p, _ = pair((90, 61), torch.bfloat16)

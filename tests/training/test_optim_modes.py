@@ -17,7 +17,7 @@ from stackwise.objectives.causal import CausalLM
 from stackwise.training import loop, optim_state
 from stackwise.training.optim import Optimizers, carried
 from stackwise.training.optim_bytes import stage_bytes, state_bytes
-from stackwise.training.optim_rules import FEWEST
+from stackwise.training.optim_rules import FEWEST, rule_for
 from stackwise.training.run import train
 from stackwise.training.stored import open_run
 
@@ -80,9 +80,10 @@ def flat(optimizers: Optimizers) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["AdamW", "Muon"])
 @pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize("trains", [ALL, APPEND])
-def test_bytes_are_planned_to_the_byte(tiny, kind, memory, trains):
+@pytest.mark.parametrize(("trains", "place"), [(ALL, "device"), (APPEND, "host")])
+def test_bytes_are_planned_to_the_byte(tiny, kind, memory, trains, place):
     changes = {"optimizer_type": kind, "memory": memory, "model__short_conv": 3, "model__bias": True}
+    changes["state_device"] = place
     config = settings(tiny, **changes)
     with torch.device("meta"):
         planned_rack = Rack(rack_spec(config, 2))
@@ -95,9 +96,10 @@ def test_bytes_are_planned_to_the_byte(tiny, kind, memory, trains):
     assert {
         "parameters": sum(p.nbytes for p in rack.parameters()),
         "gradients": held[0],
-        "moments": optimizers.state_bytes(),
-        "host": 0,
+        "moments": optimizers.state_bytes() - optimizers.host_bytes(),
+        "host": optimizers.host_bytes(),
     } == planned
+    assert (planned["host"] > 0) == (place == "host")
     assert optimizers.state().keys() == {n for n, p in rack.named_parameters() if p.requires_grad}
 
 
@@ -207,6 +209,45 @@ def test_fused_is_int8_nomaster_bit_for_bit(tiny, kind):
     assert norms_fused == pytest.approx(norms, rel=1e-6)
 
 
+@pytest.mark.parametrize("memory", MODES)
+def test_decay_is_part_of_the_gradient_under_adam_and_beside_it_under_adamw(tiny, memory):
+    """Without a gradient AdamW shrinks a weight by lr x decay; Adam takes a step of about lr towards zero."""
+    name = "stacks.s0.blocks.0.ffn.up.weight"
+    for kind in ("AdamW", "Adam"):
+        rack, optimizers = make(tiny, optimizer_type=kind, memory=memory, lr=0.01, weight_decay=0.5)
+        weight = dict(rack.named_parameters())[name]
+        before = weight.detach().float().clone()
+        weight.grad = torch.zeros_like(weight)
+        optimizers.step()
+        moved = (weight.detach().float() - before).abs().sum()
+        expected = 0.005 * before.abs().sum() if kind == "AdamW" else 0.01 * weight.numel()
+        assert float(moved / expected) == pytest.approx(1.0, abs=0.1), kind
+
+
+def test_bits_of_weights_without_a_master_depend_on_the_seed_and_the_step(tiny):
+    def weights(seed: int, first: int) -> Tensor:
+        rack, optimizers = make(tiny, memory="int8_nomaster", training__seed=seed)
+        weight = dict(rack.named_parameters())["head.weight"]
+        weight.grad = torch.ones_like(weight)
+        optimizers.set_factor(1.0, first)
+        optimizers.step()
+        return weight.detach().clone()
+
+    assert torch.equal(weights(1, 5), weights(1, 5))
+    assert not torch.equal(weights(1, 5), weights(2, 5))
+    assert not torch.equal(weights(1, 5), weights(1, 6))
+
+
+def test_adapters_are_trained_in_fp32_by_adamw(tiny):
+    large = torch.nn.Parameter(torch.zeros(80, 80))
+    name = "stacks.s0.blocks.0.attn.q.lora_A.stack.weight"
+    config = settings(tiny, memory="int8_nomaster", optimizer_type="Muon")
+    rule = rule_for(name, large, Stage("s", 2, ALL, 10), "s1", config.training)
+    assert (rule.optimizer, rule.memory) == ("AdamW", "full")
+    plain = rule_for(name.replace("lora_A.stack.", ""), large, Stage("s", 2, ALL, 10), "s1", config.training)
+    assert (plain.optimizer, plain.memory) == ("Muon", "int8_nomaster")
+
+
 def test_fused_keeps_no_gradient_while_the_backward_pass_goes_on(tiny):
     rack, optimizers = make(tiny, memory="fused")
     alive = []
@@ -238,11 +279,13 @@ def test_fused_leaves_a_tensor_alone_whose_gradient_is_not_finite(tiny):
 def test_moments_on_the_host_change_no_bit(tiny, monkeypatch, kind, memory):
     """On a CPU main memory is the device's own, so each journey is made a copy that must be brought back."""
     away: set[int] = set()
+    ever: set[int] = set()
     most = []
 
     def move(value: Tensor, device: torch.device) -> Tensor:
         copy = value.clone()
         away.add(copy.data_ptr())
+        ever.add(copy.data_ptr())
         return copy
 
     keep = optim_state.HostMoments.keep
@@ -265,7 +308,10 @@ def test_moments_on_the_host_change_no_bit(tiny, monkeypatch, kind, memory):
     tensors = sum(t.nbytes for t in held.values() if t.dim())
     assert optimizers.host_bytes() == tensors
     assert optimizers.state_bytes() == sum(t.nbytes for t in held.values())
-    assert max(most) == {"full": 2, "int8": 4}.get(memory, 4), "moments of one parameter at a time"
+    assert max(most) <= 4, "codes and scales of two moments: those of one parameter at a time"
+    assert ever
+    assert not away
+    assert not {t.data_ptr() for t in held_host.values() if t.dim()} & ever, "copies do not stay"
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
