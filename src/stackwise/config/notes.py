@@ -228,7 +228,11 @@ ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
         "(arXiv 2506.14202)",
     ),
     (
-        lambda c: program_of(c) == "independent" and c.training.progressive.training_objective == "clm",
+        lambda c: (
+            program_of(c) == "independent"
+            and c.training.progressive.training_objective == "clm"
+            and c.training.progressive.joint_tuning is not True
+        ),
         "training.progressive.building_mode independent under clm: every stack learns the whole task by itself, and "
         "run one behind the other they have to be tuned together (training.progressive.joint_tuning)",
     ),
