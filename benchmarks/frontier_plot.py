@@ -21,6 +21,7 @@ def draw(path: Path, tables: Sequence[tuple[str, Sequence[Row], float | None]]) 
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -34,7 +35,7 @@ def draw(path: Path, tables: Sequence[tuple[str, Sequence[Row], float | None]]) 
             line[0].set_ylabel(f"{title}\nvalidation loss, nats per token")
         numbers = [f"{i + 1} {row.variant.name}" for i, row in enumerate(tables[0][1])]
         kinds = [
-            matplotlib.lines.Line2D(
+            Line2D(
                 [],
                 [],
                 linestyle="none",
@@ -46,40 +47,72 @@ def draw(path: Path, tables: Sequence[tuple[str, Sequence[Row], float | None]]) 
             for kind, colour in COLOURS.items()
         ]
         figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
-        half = (len(numbers) + 2) // 3
-        text = "\n".join("    ".join(numbers[i : i + half]) for i in range(0, len(numbers), half))
+        third = (len(numbers) + 2) // 3
+        text = "\n".join("    ".join(numbers[i : i + third]) for i in range(0, len(numbers), third))
         figure.supxlabel(text, fontsize=8.5)
         figure.savefig(path, dpi=110)
 
 
 def _panel(axes: Axes, budget: str, rows: Sequence[Row], floor: float | None) -> None:
-    places: list[tuple[float, float]] = []
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    points: list[tuple[float, float, str, str]] = []
     for number, row in enumerate(rows, start=1):
         losses = _losses(row, budget)
         if not losses.values:
             continue
         kind, x = row.variant.group, row.peak / 1e6
-        axes.plot([x, x], [min(losses.values), max(losses.values)], color=COLOURS[kind], linewidth=1)
+        colour = COLOURS[kind]
+        axes.plot([x, x], [min(losses.values), max(losses.values)], color=colour, linewidth=1)
         axes.plot(
-            [x], [losses.mean], linestyle="none", marker=MARKERS[kind], color=COLOURS[kind], markersize=6,
-            markerfacecolor="white" if kind == "control" else COLOURS[kind],
-        )  # fmt: skip
-        places.append((x, losses.mean))
-        crowd = sum(abs(a / x - 1) < 0.12 and abs(b - losses.mean) < 0.006 for a, b in places[:-1])
-        axes.annotate(
-            str(number), (x, losses.mean), xytext=(5 + 10 * crowd, 4), textcoords="offset points",
-            fontsize=8, color=COLOURS[kind],
-        )  # fmt: skip
+            [x],
+            [losses.mean],
+            linestyle="none",
+            marker=MARKERS[kind],
+            color=colour,
+            markersize=6,
+            markerfacecolor="white" if kind == "control" else colour,
+        )
+        points.append((x, losses.mean, str(number), colour))
+    axes.set_xscale("log")
+    axes.margins(x=0.14, y=0.06)
+    axes.set_xticks([2, 3, 5, 10, 20, 30])
+    axes.set_xlim(axes.get_xlim())  # ticks outside the data must not widen the panel
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     if floor is not None:
         axes.axhline(floor, color="#66707b", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "entropy", (1.0, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-        )
-    axes.set_xscale("log")
+        axes.annotate("entropy", (0.0, floor), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xlabel("peak training bytes on the device, MB")
     axes.set_title(budget)
     axes.grid(axis="y", color="#dfe3e8", linewidth=0.6)
     axes.set_axisbelow(True)
+    _number(axes, points)
+
+
+def _number(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each point's number beside it, those of points one above the other apart from each other."""
+    low, high = axes.get_ylim()
+    gap = 0.033 * (high - low)
+    clusters: list[list[tuple[float, float, str, str]]] = []
+    for point in sorted(points):
+        if clusters and point[0] / clusters[-1][-1][0] < 1.12:
+            clusters[-1].append(point)
+        else:
+            clusters.append([point])
+    for cluster in clusters:
+        side, last = 1.09 * max(x for x, *_ in cluster), low
+        for x, y, number, colour in sorted(cluster, key=lambda point: point[1]):
+            last = max(y, last + gap)
+            axes.annotate(
+                number,
+                (x, y),
+                xytext=(side, last),
+                va="center",
+                fontsize=8,
+                color=colour,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3},
+            )
 
 
 def _losses(row: Row, budget: str) -> Spread:

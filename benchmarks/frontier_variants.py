@@ -162,6 +162,22 @@ def variants(stacks: int) -> list[Variant]:
             "copies of the middle stack one by one during 40 % of the tokens",
             whole_keys("grow", growth_pattern="middle", growth_factor=4, growth_at=0.4),
         ),
+        Variant(
+            "grow, last block, 85 % FLOPs",
+            "growth",
+            "growth at 25 % of the tokens by copies of the last of the early stacks only, 15 % fewer FLOPs",
+            whole_keys("grow", growth_layers=last_copied(stacks), growth_at=0.25),
+            axes=("flops",),
+            share=0.85,
+        ),
+        Variant(
+            "append, all train, 85 % FLOPs",
+            "growth",
+            "a copy of the last stack at a time, nothing frozen, moments carried and copied, 15 % fewer FLOPs",
+            append_keys(trunk_strategy="trainable", train_embedding="always", growth_optimizer="copy"),
+            axes=("flops",),
+            share=0.85,
+        ),
         *_shallow(1),
         *_shallow(2),
         Variant(
@@ -179,6 +195,12 @@ def variants(stacks: int) -> list[Variant]:
             steps_key="training.stages.0.max_steps",
         ),
     ]
+
+
+def last_copied(stacks: int) -> list[int]:
+    """A quarter of the stacks as they are, and the rest copies of the last of them."""
+    small = max(1, stacks // 4)
+    return [*range(small), *[small - 1] * (stacks - small)]
 
 
 def _shallow(blocks: int) -> list[Variant]:
