@@ -66,6 +66,8 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
         "training.progressive.cycle_steps",
         "training.progressive.train_stacks",
         "training.progressive.stage_weights",
+        "training.progressive.cache_activations",
+        "training.progressive.cache_max_bytes",
         "training.progressive.trunk_precision",
         "data.path",
         "data.eval_path",
