@@ -299,7 +299,9 @@ def stages_can_run(config: StackWiseConfig) -> list[Problem]:
     from stackwise.curriculum.program import hand_written
 
     try:
-        hand_written(config, steps_per_epoch=1)  # how many steps an epoch has is not known here, and changes nothing
+        hand_written(
+            config, steps_per_epoch=1
+        )  # how many steps an epoch has is not known here, and changes nothing
     except ConfigError as error:
         return error.problems
     return []
