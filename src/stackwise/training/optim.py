@@ -66,7 +66,6 @@ class Optimizers:
                 self._host.watch(optimizer)
             self.optimizers.append(optimizer)
         self._norms: list[Tensor] = []
-        self._largest_gradient = 0
         covered = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         assert len(covered) == len(set(covered)) == len(self.names), "each parameter belongs to one group"
 
@@ -110,14 +109,13 @@ class Optimizers:
         if not self.fused:
             yield
             return
-        self._norms, self._largest_gradient = [], 0
+        self._norms = []
         own = {o.param_groups[0]["params"][0]: o for o in self.optimizers}
 
         def step(parameter: Tensor) -> None:
             assert parameter.grad is not None
             norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
             self._norms.append(norm)
-            self._largest_gradient = max(self._largest_gradient, parameter.grad.nbytes)
             if torch.isfinite(norm):
                 own[parameter].step()
             parameter.grad = None
@@ -186,11 +184,6 @@ class Optimizers:
         if self._host is None:
             return 0
         return sum(t.nbytes for held in self.state().values() for t in held.values() if t.dim() > 0)
-
-    def gradient_bytes(self) -> int:
-        """Bytes of the gradients held now; under memory fused of the largest one of the last step."""
-        held = sum(p.grad.nbytes for p in self.names if p.grad is not None)
-        return max(held, self._largest_gradient)
 
 
 @torch.no_grad()

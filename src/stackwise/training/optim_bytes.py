@@ -75,22 +75,3 @@ def parameter_bytes(name: str, parameter: torch.Tensor, opt: OptimizerSettings) 
     width = 2 if memory == "int8_nomaster" else 4
     held = parameter.numel() * width
     return Bytes(held, held, *state_bytes(kind, memory, tuple(parameter.shape), opt))
-
-
-def stage_bytes(rack: nn.Module, opt: OptimizerSettings) -> dict[str, int]:
-    """Bytes of a rack whose trainable parameters are marked: parameters, gradients, moments, and those on the host.
-
-    Exact for racks whose trained weights are fp32 by themselves. Frozen parameters count as they are; `host` is what
-    main memory holds in the device's stead.
-    """
-    frozen = sum(p.nbytes for p in rack.parameters() if not p.requires_grad)
-    trained = [parameter_bytes(name, p, opt) for name, p in rack.named_parameters() if p.requires_grad]
-    gradients = [row.gradients for row in trained]
-    moments, counters = sum(row.moments for row in trained), sum(row.counters for row in trained)
-    host = moments if opt.state_device == "host" else 0
-    return {
-        "parameters": frozen + sum(row.weights for row in trained),
-        "gradients": max(gradients, default=0) if opt.memory == "fused" else sum(gradients),
-        "moments": moments + counters - host,
-        "host": host,
-    }
