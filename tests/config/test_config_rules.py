@@ -251,7 +251,12 @@ BROKEN = [
     (
         "training: {max_grad_norm: 0, dtype: float16, optimizer: {memory: fused}}",
         "training.dtype",
-        "allowed: auto, bfloat16, float32",
+        "got 'float16'; compute in bfloat16, or set",
+    ),
+    (
+        "training: {max_grad_norm: 0, optimizer: {memory: fused}, progressive: {new_stack_precision: half}}",
+        "training.progressive.new_stack_precision",
+        "got 'half'; compute in bfloat16, or set training.optimizer.memory to int8_nomaster",
     ),
     (
         "training: {stages: [{train: [heads], max_steps: 2}]}",

@@ -109,14 +109,28 @@ def fused_cannot_take_a_step_back(config: StackWiseConfig) -> Problem | None:
     )
 
 
-@rule("training.optimizer.memory", "training.dtype")
+@rule(
+    "training.optimizer.memory",
+    "training.dtype",
+    "training.progressive.new_stack_precision",
+    "training.stages",
+)
 def fused_has_no_scaled_gradients(config: StackWiseConfig) -> Problem | None:
     training = config.training
-    if training.optimizer.memory != "fused" or training.dtype != "float16":
+    if training.optimizer.memory != "fused":
         return None
-    return Problem(
-        "training.dtype",
-        "needs gradients that are scaled back before the step, which training.optimizer.memory fused does not wait for",
-        training.dtype,
-        "auto, bfloat16, float32",
-    )
+    found = {
+        "training.dtype": training.dtype if training.dtype == "float16" else None,
+        "training.progressive.new_stack_precision": training.progressive.new_stack_precision,
+        **{f"training.stages.{i}.precision": s.precision for i, s in enumerate(training.stages or [])},
+    }
+    for key, value in found.items():
+        if value in ("float16", "half"):
+            return Problem(
+                key,
+                "needs gradients that are scaled back before the step, and training.optimizer.memory fused does not "
+                "wait for that",
+                value,
+                hint="compute in bfloat16, or set training.optimizer.memory to int8_nomaster",
+            )
+    return None
