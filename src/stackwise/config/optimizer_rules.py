@@ -109,20 +109,14 @@ def fused_cannot_take_a_step_back(config: StackWiseConfig) -> Problem | None:
     )
 
 
-@rule(
-    "training.optimizer.memory",
-    "training.dtype",
-    "training.progressive.new_stack_precision",
-    "training.stages",
-)
+@rule("training.optimizer.memory", "training.dtype", "training.progressive.new_stack_precision")
 def fused_has_no_scaled_gradients(config: StackWiseConfig) -> Problem | None:
     training = config.training
     if training.optimizer.memory != "fused":
         return None
     found = {
-        "training.dtype": training.dtype if training.dtype == "float16" else None,
+        "training.dtype": training.dtype,
         "training.progressive.new_stack_precision": training.progressive.new_stack_precision,
-        **{f"training.stages.{i}.precision": s.precision for i, s in enumerate(training.stages or [])},
     }
     for key, value in found.items():
         if value in ("float16", "half"):
