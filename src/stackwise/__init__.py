@@ -25,7 +25,7 @@ _HOMES = {
     ],
     "stackwise.model.rack": ["Rack"],
     "stackwise.model.settings": ["ArchitectureConfig"],
-    "stackwise.planning.plan": ["plan"],
+    "stackwise.planning.plan": ["estimate_memory", "plan"],
     "stackwise.precision.manager": ["PrecisionManager"],
     "stackwise.training.run": ["train"],
     "stackwise.training.trainers": ["ArchitectureTrainer", "ProgressiveTrainer"],
@@ -52,6 +52,7 @@ __all__ = [
     "create_rack_from_specs",
     "create_simple_rack",
     "create_stack_from_config",
+    "estimate_memory",
     "plan",
     "stages",
     "train",
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     )
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
-    from stackwise.planning.plan import plan
+    from stackwise.planning.plan import estimate_memory, plan
     from stackwise.precision.manager import PrecisionManager
     from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train

@@ -86,7 +86,7 @@ def _complete_path(incomplete: str, suffixes: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def _complete_config(incomplete: str) -> list[str]:
+def complete_config(incomplete: str) -> list[str]:
     from stackwise.config.presets import preset_names
 
     return [*preset_names(), *_complete_path(incomplete, (".yaml", ".yml"))]
@@ -115,7 +115,7 @@ def complete_run(incomplete: str) -> list[str]:
 Config = Annotated[
     str,
     typer.Argument(
-        metavar="CONFIG", help="A YAML file, or the name of a preset.", autocompletion=_complete_config
+        metavar="CONFIG", help="A YAML file, or the name of a preset.", autocompletion=complete_config
     ),
 ]
 Overrides = Annotated[

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
 
@@ -134,6 +135,7 @@ def _machine_memory() -> int:
     return memory
 
 
+@lru_cache(maxsize=4)
 def _measured_peak(kind: str) -> float:
     """TFLOP/s of a product of two matrices, measured in a few tenths of a second."""
     import time
@@ -141,7 +143,7 @@ def _measured_peak(kind: str) -> float:
     import torch
 
     dtype = torch.float32 if kind in ("cpu", "mps") else torch.bfloat16
-    n = 1024 if kind == "cpu" else 4096
+    n = 512 if kind == "cpu" else 4096
     a = torch.ones(n, n, dtype=dtype, device=kind)
     best = float("inf")
     for _ in range(4):

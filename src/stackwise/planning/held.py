@@ -18,8 +18,8 @@ from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.planning.situation import Situation, shortened
 from stackwise.precision.frozen_linear import FrozenLinear
 from stackwise.training.optim_bytes import parameter_bytes
-from stackwise.training.optim_rules import NARROW, memory_of
-from stackwise.training.settings import OptimizerSettings
+from stackwise.training.optim_rules import is_block_matrix, memory_of
+from stackwise.trunk.legality import cache_refusal
 from stackwise.trunk.residency import trains
 
 if TYPE_CHECKING:
@@ -51,13 +51,19 @@ class Part:
 class Held:
     """All parts of a rack in a stage: those whose home is the device, and those parked in host memory.
 
-    `largest`: the largest gradient, and the largest moments, of a single tensor on the device.
+    `matrices`: how many matrices of blocks train on the device, by shape; `parked_trained`: bytes of parked weights
+    that train. `prefix_blocks` run without gradient; `refusal`: why their outputs may not be stored, null where they may.
+    `largest_gradient`, `largest_moments`: of a single tensor on the device.
     """
 
     device: dict[str, Part]
     host: dict[str, Part]
+    prefix_blocks: int = 0
+    refusal: str | None = None
     largest_gradient: int = 0
     largest_moments: int = 0
+    matrices: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    parked_trained: int = 0
 
     def total(self, item: str, *, host: bool = False) -> int:
         """weight_bytes, gradients, moments, counters, parameters or trainable over all parts of a side."""
@@ -79,11 +85,13 @@ class Held:
 def held(situation: Situation) -> Held:
     """Count a stage on modules without storage; of a run of equal blocks only some are built."""
     small, counts = shortened(situation)
-    optimizer = OptimizerSettings.model_validate_json(situation.optimizer)
+    optimizer = situation.settings
     with torch.device("meta"):
         rack = build_rack(small.spec)
-    apply_training(rack, small.units, small.alone)
+    split = apply_training(rack, small.units, small.alone)
     found = Held({name: Part() for name in PARTS}, {name: Part() for name in PARTS})
+    found.prefix_blocks = sum(counts[: split.prefix_blocks])
+    found.refusal = cache_refusal(rack, split.prefix)
     for name, tensor, numbers, place in _tensors(rack, situation, counts):
         part = (found.host if place.parked else found.device)[part_of(name)]
         part.parameters += numbers * place.copies
@@ -97,7 +105,11 @@ def held(situation: Situation) -> Held:
         part.gradients += size.gradients * place.copies
         part.moments += (size.moments + size.counters) * place.copies
         part.counters += size.counters * place.copies
-        if not place.parked:
+        if place.parked:
+            found.parked_trained += size.weights * place.copies
+        else:
+            if is_block_matrix(name, tensor):
+                found.matrices[tuple(tensor.shape)] += place.copies
             found.largest_gradient = max(found.largest_gradient, size.gradients)
             found.largest_moments = max(found.largest_moments, size.moments)
     return found
@@ -109,15 +121,6 @@ def part_of(name: str) -> str:
         return "adapters"
     first = name.partition(".")[0]
     return {"embedding": "embedding", "positions": "embedding", "head": "head"}.get(first, "blocks")
-
-
-def narrow(rack: Rack, memory: str) -> None:
-    """Give the trained matrices of a rack without storage the width they train in under `optimizer.memory`."""
-    if memory not in NARROW:
-        return
-    for name, parameter in rack.named_parameters():
-        if parameter.requires_grad and memory_of(name, parameter, memory) == "int8_nomaster":
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 class _Place(NamedTuple):

@@ -2,145 +2,321 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stackwise.config.resolve import Derived, resolve
+from stackwise.config.resolve import resolve
+from stackwise.config.rules import program_of
+from stackwise.planning.devices import Device, device_named, limited
+from stackwise.planning.report import Plan, StagePlan
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
+    from stackwise.curriculum.stage import Stage
+    from stackwise.data.corpus import Corpus
+    from stackwise.model.spec import RackSpec
+    from stackwise.planning.count import StageBytes
+    from stackwise.planning.held import Held
+    from stackwise.planning.situation import Situation
+    from stackwise.trunk.decide import Decision
+
+__all__ = ["Plan", "StagePlan", "estimate_memory", "plan"]
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage. Bytes are of weights, gradients and moments, exact for fp32; `flops` of the whole stage."""
-
-    name: str
-    grows: str
-    trains: list[str]
-    n_stacks: int
-    prefix_blocks: int
-    total_blocks: int
-    steps: int
-    tokens: int
-    parameters: int
-    trainable_parameters: int
-    flops: float
-    bytes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All stages of a run, and the values that were derived with their reasons."""
-
-    stages: list[StagePlan]
-    derived: list[Derived]
-    notes: list[str]
-
-    @property
-    def total_flops(self) -> float:
-        return sum(stage.flops for stage in self.stages)
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(stage.tokens for stage in self.stages)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The largest stage's weights, gradients and moments."""
-        return max(sum(stage.bytes.values()) for stage in self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "total_flops": self.total_flops,
-            "total_tokens": self.total_tokens,
-            "peak_bytes": self.peak_bytes,
-        }
-
-
-MOMENTS = {"AdamW": 2, "Adam": 2, "SGD": 1, "Muon": 1}
-"""Moments per trained parameter; Muon's is for the matrices of the blocks, the rest has AdamW's two."""
-
-
-def plan(config: StackWiseConfig) -> Plan:
+def plan(
+    config: StackWiseConfig,
+    device: str | None = None,
+    *,
+    rate: float | None = None,
+    budget_gib: float | None = None,
+) -> Plan:
     """Lay out the stages of a config and count them on modules without storage; nothing is allocated.
 
-    `model.vocab_size` may be null for the byte tokenizer; other tokenizers, and budgets in epochs, need the data,
-    which is then prepared first.
+    `device`: a name of `planning.devices`, or of a device of this machine; null is the config's `training.device`.
+    `rate`: FLOP per second that the run sustains; null is 40 % of the device's peak. `budget_gib`: memory to fit into;
+    null is the device's. `model.vocab_size` may be null for the byte tokenizer; other tokenizers, and budgets in
+    epochs, need the data, which is then prepared first.
+
+    Raises ConfigError for a config, device or budget that cannot be, and what `prepare` raises.
     """
-    import torch
-
-    from stackwise.curriculum.assemble import build_rack
-    from stackwise.curriculum.costs import flops_per_token, stage_tokens
-    from stackwise.curriculum.curricula import stages
-    from stackwise.curriculum.specs import first_spec, stage_specs
-    from stackwise.curriculum.split import apply_training, trained_units
-
     config.validate()
-    vocab_size, steps_per_epoch = _data_facts(config)
-    config, derived = resolve(config, vocab_size=vocab_size)
-    rows = []
-    listed = stages(config, steps_per_epoch)
-    for stage, spec in zip(
-        listed, stage_specs(config, listed, first_spec(config, listed), "fp32"), strict=True
-    ):
-        with torch.device("meta"):
-            rack = build_rack(spec)
-        split = apply_training(rack, trained_units(spec, stage), stage.alone)
-        tokens = stage.steps * stage_tokens(config, stage)
-        rows.append(
-            StagePlan(
-                name=stage.name,
-                grows=""
-                if stage.grow is None
-                else f"{stage.grow.op} {stage.grow.n_blocks} ({stage.grow.init})",
-                trains=list(stage.trains),
-                n_stacks=stage.n_stacks,
-                prefix_blocks=split.prefix_blocks,
-                total_blocks=split.n_blocks,
-                steps=stage.steps,
-                tokens=tokens,
-                parameters=rack.get_parameter_count(),
-                trainable_parameters=rack.get_trainable_parameter_count(),
-                flops=tokens * flops_per_token(config, stage, spec),
-                bytes=_bytes(rack, config),
-            )
-        )
-    return Plan(rows, derived, config.notes())
+    return plan_on(config, limited(device_named(device or own_device(config)), budget_gib), rate)
 
 
-def _bytes(rack: Any, config: StackWiseConfig) -> dict[str, int]:
-    """fp32 weights, gradients and moments of a rack whose trainable parameters are marked."""
-    from stackwise.training.optim import is_block_matrix
+def plan_on(
+    config: StackWiseConfig,
+    device: Device,
+    rate: float | None = None,
+    corpus: Corpus | None = None,
+    only: str | None = None,
+) -> Plan:
+    """`plan` of a valid config for a device that is at hand; `corpus`: its data, where that is at hand too.
 
-    kind = config.training.optimizer.optimizer_type
-    moments = 0
-    for name, parameter in rack.named_parameters():
-        if parameter.requires_grad:
-            main = kind != "Muon" or is_block_matrix(name, parameter)
-            count = MOMENTS[kind] if main else MOMENTS["AdamW"]
-            counter = 4 if not main or kind in ("Adam", "AdamW") else 0  # a step counter per tensor
-            moments += count * parameter.nbytes + counter
+    `only`: the name of a stage; the others are left out, which saves their time. Without such a stage: all.
+    """
+    data = _data_facts(config, corpus)
+    notes = config.notes()
+    config, derived = resolve(config, vocab_size=data.vocab_size)
+    dtype = _dtype(config, device)
+    speed, edges = rate or device.rate(dtype), _has_edges(config)
+    return Plan(
+        stages=_Rows(config, device, dtype, speed, data).all(edges, only),
+        derived=derived,
+        notes=notes,
+        device=device,
+        dtype=dtype,
+        rate=speed,
+        rate_source="given" if rate else f"{device.share:.0%} of the peak of {device.name}",
+        curriculum=program_of(config),
+        edges=edges,
+        corpus=data.corpus,
+    )
+
+
+def estimate_memory(config: StackWiseConfig, device: str | None = None) -> dict[str, int]:
+    """Bytes by item of the stage that takes the most memory; nothing is allocated.
+
+    Items: parameters, gradients, moments, activations and buffers, as a run counts them; `working`, what passes on top
+    of them; `peak`, the most alive at once; `host`, what is kept in host memory; `disk`, what the run writes.
+    """
+    laid_out = plan(config, device)
+    memory = laid_out.largest.memory
     return {
-        "parameters": sum(p.nbytes for p in rack.parameters()),
-        "gradients": sum(p.nbytes for p in rack.parameters() if p.requires_grad),
-        "moments": moments,
+        **memory.items,
+        "working": memory.working,
+        "peak": memory.peak,
+        "host": laid_out.host_bytes,
+        "disk": laid_out.disk_bytes,
     }
 
 
-def _data_facts(config: StackWiseConfig) -> tuple[int | None, int | None]:
-    """Vocabulary and steps of an epoch, from the data where they depend on it."""
-    from stackwise.data.prepare import prepare
+@dataclass(frozen=True)
+class _Data:
+    """What the data says: tokens of the tokenizer, steps of an epoch, rows. Null where it was not looked at."""
+
+    vocab_size: int | None = None
+    steps_per_epoch: int | None = None
+    n_rows: int | None = None
+    corpus: Corpus | None = None
+
+
+def _data_facts(config: StackWiseConfig, corpus: Corpus | None) -> _Data:
+    """From the data where the plan depends on it."""
     from stackwise.data.tokenizers import ByteTokenizer
+
+    if corpus is None:
+        epochs = any(record.epochs is not None for record in config.training.stages or [])
+        if config.training.max_steps is not None and not epochs:
+            if config.model.vocab_size is not None:
+                return _Data()
+            if config.data.tokenizer == "byte":
+                return _Data(ByteTokenizer().vocab_size)
+    from stackwise.data.prepare import prepare
     from stackwise.training.run import loader_steps, make_loader
 
-    if config.training.max_steps is not None:
-        if config.model.vocab_size is not None:
-            return None, None
-        if config.data.tokenizer == "byte":
-            return ByteTokenizer().vocab_size, None
     resolved, _ = resolve(config)
     assert resolved.data.cache_dir is not None
-    corpus = prepare(resolved.data, resolved.data.cache_dir)
-    return corpus.tokenizer.vocab_size, loader_steps(resolved, make_loader(resolved, corpus))
+    corpus = corpus or prepare(resolved.data, resolved.data.cache_dir)
+    loader = make_loader(resolved, corpus)
+    return _Data(corpus.tokenizer.vocab_size, loader_steps(resolved, loader), loader.rows, corpus)
+
+
+def own_device(config: StackWiseConfig) -> str:
+    """The device that the run would take on this machine."""
+    if config.training.device == "cpu":
+        return "cpu"
+    from stackwise.training.device import pick_device
+
+    return str(pick_device(config.training.device))
+
+
+def _dtype(config: StackWiseConfig, device: Device) -> str:
+    """The dtype that the run computes in on a device. One it cannot compute in is a ConfigError."""
+    import torch
+
+    from stackwise.training.device import pick_dtype
+
+    if config.training.dtype == "auto" and device.kind != "cpu":
+        return "bfloat16" if device.has_bfloat16 else "float32"
+    return str(pick_dtype(config.training.dtype, torch.device(device.kind))).removeprefix("torch.")
+
+
+def _has_edges(config: StackWiseConfig) -> bool:
+    """Whether rows may hold padding or the edge of a document, so that attention needs a mask."""
+    data = config.data
+    if not data.packing:
+        return True
+    one = data.source == "text" and isinstance(data.path, str) and Path(data.path).is_file()
+    return data.doc_mask and not one
+
+
+class _Rows:
+    """Plans the stages of a config one after the other."""
+
+    def __init__(self, config: StackWiseConfig, device: Device, dtype: str, rate: float, data: _Data) -> None:
+        self.config, self.device, self.dtype, self.rate, self.data = config, device, dtype, rate, data
+
+    def all(self, edges: bool, only: str | None = None) -> list[StagePlan]:
+        import torch
+
+        from stackwise.curriculum.curricula import stages
+        from stackwise.curriculum.specs import first_spec, stage_specs
+        from stackwise.training.device import DTYPES, run_format
+
+        listed = stages(self.config, self.data.steps_per_epoch)
+        stored = run_format(self.config, DTYPES[self.dtype], torch.device(self.device.kind))
+        specs = stage_specs(self.config, listed, first_spec(self.config, listed), stored)
+        rows, packed = [], 0
+        wanted = {only} & {stage.name for stage in listed} or {stage.name for stage in listed}
+        for index, (stage, spec) in enumerate(zip(listed, specs, strict=True)):
+            if stage.name not in wanted:
+                continue
+            situation = self._situation(stage, spec, stored, edges)
+            row = self._row(listed, index, situation)
+            now = sum(size for name, size in row.memory.weights.items() if name != "fp32")
+            row.disk["checkpoint"] += max(0, now - packed)  # stacks that were stored in their format just now
+            packed = max(now, packed)
+            rows.append(row)
+        return rows
+
+    def _situation(self, stage: Stage, spec: RackSpec, stored: str, edges: bool) -> Situation:
+        from stackwise.curriculum.split import trained_units
+        from stackwise.planning.situation import Situation
+
+        training = self.config.training
+        rows, progressive = training.loss_chunk_tokens, training.progressive
+        return Situation(
+            spec=spec,
+            units=frozenset(trained_units(spec, stage)),
+            batch_size=stage.batch_size or training.batch_size,
+            seq_len=stage.seq_len or training.seq_len,
+            kind=self.device.kind,
+            dtype=self.dtype,
+            micro_batches=min(2, training.gradient_accumulation_steps),
+            edges=edges,
+            recompute=training.gradient_checkpointing,
+            frozen=progressive.trunk_residency,
+            trained=training.residency,
+            rounding=stored if progressive.fake_quant else None,
+            optimizer=training.optimizer.model_dump_json(),
+            loss_rows=None if rows == "auto" else int(rows),
+            alone=stage.alone,
+        )
+
+    def _row(self, listed: list[Stage], index: int, situation: Situation) -> StagePlan:
+        from stackwise.curriculum.costs import stage_tokens
+        from stackwise.model.flops import step_flops, step_units
+        from stackwise.planning.held import held
+
+        stage = listed[index]
+        own, memory = held(situation), _counted(situation)
+        decision = self._decision(listed, index, situation, own)
+        cached = own.prefix_blocks if decision is not None and decision.use else 0
+        tokens = stage.steps * stage_tokens(self.config, stage)
+        again = situation.recompute or situation.trained == "streamed"
+        frozen_again = situation.recompute or situation.frozen != "resident"
+        per_token = step_flops(
+            situation.spec,
+            situation.units,
+            situation.seq_len,
+            recompute=again,
+            recompute_frozen=frozen_again,
+            cached=cached,
+            alone=stage.alone,
+        )
+        flops = tokens * per_token
+        source, reason = self._trunk(situation, own, decision)
+        learned = own.both("gradients") + own.both(
+            "moments"
+        )  # trained weights are as wide as their gradients
+        return StagePlan(
+            name=stage.name,
+            grows=_growth(stage),
+            trains=list(stage.trains),
+            n_stacks=stage.n_stacks,
+            prefix_blocks=own.prefix_blocks,
+            total_blocks=len(situation.spec.blocks),
+            steps=stage.steps,
+            tokens=tokens,
+            parameters=own.both("parameters"),
+            trainable_parameters=own.both("trainable"),
+            flops=flops,
+            units=step_units(
+                situation.spec, situation.units, recompute=again, cached=cached, alone=stage.alone
+            ),
+            hours=flops / self.rate / 3600,
+            memory=memory,
+            fits=self.device.verdict(memory.peak),
+            trunk=source,
+            trunk_reason=reason,
+            disk={
+                "checkpoint": learned,
+                "resume": self.config.checkpoint.keep_last * learned,
+                "cache": decision.predicted_bytes if decision is not None and decision.use else 0,
+            },
+        )
+
+    def _decision(self, listed: list[Stage], index: int, situation: Situation, own: Held) -> Decision | None:
+        """Whether the stage reads its prefix from a store, as the run would decide; null: it has no prefix."""
+        from stackwise.training.stage_setup import shared_samples
+        from stackwise.trunk.decide import NOMINAL, decide, work_of
+        from stackwise.trunk.manager import MemoryManager
+
+        if not own.prefix_blocks:
+            return None
+        stage, progressive = listed[index], self.config.training.progressive
+        visits = stage.steps * situation.batch_size * self.config.training.gradient_accumulation_steps
+        known = self.data.n_rows
+        follows, later = shared_samples(listed, index, self.config, known or 10**12)
+        stacks, ends = situation.spec.stacks, [0]
+        for stack in stacks:
+            ends.append(ends[-1] + len(stack.blocks))
+        work = work_of(
+            situation.spec,
+            own.prefix_blocks,
+            seq_len=situation.seq_len,
+            samples=min(known or visits, visits),
+            visits=visits,
+            dtype=progressive.cache_dtype,
+            below_blocks=max(end for end in ends if end < own.prefix_blocks) if follows else 0,
+            below=follows,
+            later=later,
+        )
+        choice = progressive.cache_activations if stage.cache is None else stage.cache
+        room = MemoryManager.of(progressive).room(None)
+        return decide(choice, own.refusal, work, room, NOMINAL[self.device.kind])
+
+    def _trunk(self, situation: Situation, own: Held, decision: Decision | None) -> tuple[str, str]:
+        """Where the frozen blocks' outputs come from, and why."""
+        frozen = any(not work.trains for work in situation.works())
+        home = situation.frozen if situation.frozen != "resident" else ""
+        if decision is not None:
+            reason = decision.reason
+            if self.data.n_rows is None and not own.refusal:
+                reason += " (reckoned without the data, as if no sample came twice)"
+            return "cached" if decision.use else home or "recomputed", reason
+        if not frozen:
+            return "none", "every block trains"
+        if situation.alone is not None:
+            return "none", "one stack runs alone"
+        return (
+            home or "recomputed",
+            "gradients pass the frozen blocks, so their outputs are needed at every visit",
+        )
+
+
+@lru_cache(maxsize=512)
+def _counted(situation: Situation) -> StageBytes:
+    from stackwise.planning.count import count_bytes
+
+    return count_bytes(situation)
+
+
+def _growth(stage: Stage) -> str:
+    grow = stage.grow
+    if grow is None:
+        return ""
+    what = f"x {grow.factor}" if grow.op == "duplicate" and grow.layers is None else grow.n_blocks
+    return f"{grow.op} {what} ({grow.init})"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from stackwise.model.flops import Work, rows_of
-from stackwise.model.spec import RackSpec
+from stackwise.model.spec import RackSpec, StackSpec
+from stackwise.training.settings import OptimizerSettings
 
 KEPT = 3
 """Blocks kept of a run of equal ones: the first, one for all between, and the last."""
@@ -22,7 +23,8 @@ class Situation:
     `units`: what trains. `edges`: rows hold document edges or padding, so attention needs a mask. `micro_batches`: 1,
     or 2 for two and more, which take the same memory. `kind`: cpu, or a kind of accelerator. `loss_rows`: positions
     per chunk of logits, null by the device. `frozen`, `trained`: where blocks live (`trunk.residency`). `optimizer`:
-    the settings of `training.optimizer`, as JSON.
+    the settings of `training.optimizer`, as JSON. `rounding`: the format that stacks without one of their own are
+    rounded to while they train.
     """
 
     spec: RackSpec
@@ -36,14 +38,15 @@ class Situation:
     recompute: bool = False
     frozen: str = "resident"
     trained: str = "resident"
+    rounding: str | None = None
     optimizer: str = "{}"
     loss_rows: int | None = None
     alone: int | None = None
 
-    @property
-    def memory(self) -> str:
-        """`training.optimizer.memory`."""
-        return str(json.loads(self.optimizer).get("memory", "full"))
+    @cached_property
+    def settings(self) -> OptimizerSettings:
+        """`training.optimizer`."""
+        return OptimizerSettings.model_validate_json(self.optimizer)
 
     @property
     def tokens(self) -> int:
@@ -55,62 +58,58 @@ class Situation:
         return list(rows_of(self.spec, self.units))
 
 
+class Run(NamedTuple):
+    """Equal blocks in a row: what happens to each, their stack without name and blocks (null in the tail), whether
+    they run at all, how many of them are kept."""
+
+    work: Work
+    stack: StackSpec | None
+    runs: bool
+    kept: int = 0
+
+
 def shortened(situation: Situation) -> tuple[Situation, list[int]]:
     """The same step on a rack that keeps KEPT blocks of every run of equal ones; and for each block that is left, in
-    forward order, how many it stands for."""
-    places = _places(situation)
-    kept: list[Place] = []
+    forward order, how many it stands for.
+
+    Stacks are cut anew along the runs, so that steps which take the same memory become equal.
+    """
+    runs: list[Run] = []
     counts: list[int] = []
-    for _, group in groupby(places, key=lambda place: place.kind):
-        run = list(group)
-        if len(run) > KEPT:
-            run, between = [run[0], run[1], run[-1]], len(run) - 2
-            counts += [1, between, 1]
-        else:
-            counts += [1] * len(run)
-        kept += run
-    return _only(situation, kept), counts
+    for run, alike in groupby(_kinds(situation)):
+        length = len(list(alike))
+        runs.append(run._replace(kept=min(length, KEPT)))
+        counts += [1, length - 2, 1] if length > KEPT else [1] * length
+    spec = replace(situation.spec, stacks=(), tail=(), planned_blocks=0)
+    units, alone = {unit for unit in situation.units if ":" not in unit}, None
+    for _, group in groupby(enumerate(runs), key=lambda pair: _stack_key(situation, *pair)):
+        members = [run for _, run in group]
+        first, index = members[0], len(spec.stacks)
+        blocks = tuple(run.work.spec for run in members for _ in range(run.kept))
+        if first.stack is None:
+            spec = replace(spec, tail=spec.tail + blocks)
+            continue
+        stack = replace(first.stack, uid=f"s{index}", build_index=index, blocks=blocks)
+        spec = spec.with_stacks([*spec.stacks, stack])
+        units |= {f"stack:s{index}"} if first.work.trains else set()
+        units |= {f"lora.{name}:s{index}" for name in first.work.learning}
+        alone = index if situation.alone is not None and first.runs else alone
+    return replace(situation, spec=spec, units=frozenset(units), alone=alone), counts
 
 
-class Place(NamedTuple):
-    """A block: the uid of its stack ("" for the tail), where it is in it, and all that makes it equal to another."""
-
-    uid: str
-    at: int
-    kind: tuple[Any, ...]
-
-
-def _places(situation: Situation) -> list[Place]:
-    spec, places, works = situation.spec, [], iter(situation.works())
-    for stack in spec.stacks:
-        runs = situation.alone in (None, stack.build_index)
+def _kinds(situation: Situation) -> Iterator[Run]:
+    """Every block of the whole rack, as a run of its own."""
+    works = iter(situation.works())
+    for stack in situation.spec.stacks:
         bare = replace(stack, uid="", blocks=(), build_index=0)
-        places += [Place(stack.uid, i, (next(works), bare, runs)) for i in range(len(stack.blocks))]
-    return places + [Place("", i, (next(works), None, True)) for i in range(len(spec.tail))]
+        for _ in stack.blocks:
+            yield Run(next(works), bare, situation.alone in (None, stack.build_index))
+    for work in works:
+        yield Run(work, None, True)
 
 
-def _only(situation: Situation, kept: list[Place]) -> Situation:
-    """The situation on a rack of the kept blocks."""
-    spec = situation.spec
-    by_stack = {stack.uid: [place.at for place in kept if place.uid == stack.uid] for stack in spec.stacks}
-    stacks = [
-        replace(stack, blocks=tuple(stack.blocks[i] for i in by_stack[stack.uid]))
-        for stack in spec.stacks
-        if by_stack[stack.uid]
-    ]
-    tail = tuple(spec.tail[place.at] for place in kept if place.uid == "")
-    planned = spec.planned_blocks or len(spec.blocks)
-    small = replace(spec, stacks=tuple(stacks), tail=tail, planned_blocks=planned)
-    return replace(situation, spec=small, units=frozenset(_renamed(situation.units, by_stack)))
-
-
-def _renamed(units: frozenset[str], by_stack: dict[str, list[int]]) -> Iterator[str]:
-    """Units of the blocks that are left, under the places they have now."""
-    for unit in units:
-        kind, _, rest = unit.partition(":")
-        uid, _, index = rest.partition(".")
-        if kind == "block":
-            if int(index) in by_stack[uid]:
-                yield f"block:{uid}.{by_stack[uid].index(int(index))}"
-        elif not rest or by_stack[uid]:
-            yield unit
+def _stack_key(situation: Situation, index: int, run: Run) -> object:
+    """Runs with one key become one stack: each its own, but a stack that runs alone stays whole."""
+    if run.stack is None:
+        return "tail"
+    return "alone" if situation.alone is not None and run.runs else index

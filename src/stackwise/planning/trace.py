@@ -22,10 +22,12 @@ from stackwise.model.modes import autocast_to
 from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.objectives.causal import CausalLM
 from stackwise.planning.fake import fake_tensors, without_storage
-from stackwise.planning.held import narrow
 from stackwise.planning.live import LiveBytes
 from stackwise.planning.situation import Situation, shortened
+from stackwise.precision.fake_quant import fake_quantise
 from stackwise.training.counting import StepBytes
+from stackwise.training.optim import set_widths
+from stackwise.training.settings import TrainingSettings
 from stackwise.training.stage_setup import StageSetup
 from stackwise.trunk.decide import Decision
 from stackwise.trunk.ledger import DEVICE_ITEMS
@@ -160,7 +162,10 @@ def _run(rack: Rack, situation: Situation) -> Step:
     split = apply_training(rack, situation.units, situation.alone)
     # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
     setup = StageSetup(rack, set(situation.units), split, None, _RUN, None, 0.0, situation.seq_len)  # type: ignore[arg-type]
-    narrow(rack, situation.memory)
+    for stack in rack.stacks:
+        if situation.rounding and f"stack:{stack.uid}" in situation.units:
+            fake_quantise(stack, stack.frozen_format or situation.rounding)
+    set_widths(rack, TrainingSettings(optimizer=situation.settings))
     _reside(rack, device, situation)
     step, on_host = StepBytes(rack), _HostGradients(rack)
     live = LiveBytes(
@@ -169,7 +174,7 @@ def _run(rack: Rack, situation: Situation) -> Step:
     )
     marks, objective = _Marks(live, step), CausalLM()
     freed = []
-    if situation.memory == "fused":
+    if situation.settings.memory == "fused":
         freed = [p.register_post_accumulate_grad_hook(_forget) for p in rack.parameters() if p.requires_grad]
     with live, step.counting():
         _mark_blocks(rack, marks)
