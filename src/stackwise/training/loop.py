@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import realise
@@ -107,7 +107,6 @@ class Engine:
         self._batches = iter(loader)
         self._resumed = self.progress.step > 0
         self._saved_step = self.progress.step if self._resumed else -1
-        self._has_dropout = any(block.dropout for block in rack.spec.blocks) or rack.spec.dropout > 0
         self._logged_at = (time.perf_counter(), self.progress.tokens)
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -192,6 +191,12 @@ class Engine:
         )
         self.progress.stores = self.setup.decision.use
         self.optimizers = self.setup.optimizers
+        self._has_dropout = any(
+            module.p > 0 for module in self.rack.modules() if isinstance(module, nn.Dropout)
+        )
+        self._has_dropout |= any(
+            block.dropout > 0 for block in self.rack.spec.blocks
+        )  # also inside attention
 
     def _announce(self, stage: Stage, new: list[str]) -> None:
         assert self.setup is not None

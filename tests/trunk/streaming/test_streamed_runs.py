@@ -40,6 +40,14 @@ RUNS = {
     "grow": {"training__progressive__building_mode": "grow", "model__architecture__n_stacks": 4},
     "cyclic": {"training__progressive__building_mode": "cyclic", "training__progressive__cycle_sweeps": 2},
     "end to end": {"training__progressive__enabled": False},
+    "adapters": {
+        "model__dropout": 0.0,
+        "training__progressive__trunk_strategy": "qlora",
+        "training__progressive__qlora_enabled": True,
+        "training__progressive__progressive_qlora": True,
+        "training__progressive__qlora_dropout": 0.1,
+        "training__progressive__trunk_precision": "nf4",
+    },
 }
 
 
@@ -48,6 +56,8 @@ STREAMED = {"training__residency": "streamed", "training__progressive__trunk_res
 
 @pytest.mark.parametrize("run", RUNS)
 def test_residency_changes_where_bytes_are_and_no_number(tiny, run):
+    if run == "adapters":
+        pytest.importorskip("peft")
     options = {"training__max_steps": 3, "model__dropout": 0.1, **RUNS[run]}
     options |= {"training__gradient_accumulation_steps": 2, "training__max_grad_norm": 0.1}
     resident = train(tiny(training__run_id="resident", **options), sinks=[])
@@ -142,3 +152,24 @@ def test_a_run_goes_on_elsewhere_than_where_it_stopped(tiny, monkeypatch):
     rest = train(tiny(training__run_id="parts", **options, **STREAMED), sinks=[])
     assert rest["resumed_from"] is not None
     assert hashes(rest) == hashes(whole)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"memory": "int8"},
+        {"memory": "int8_nomaster"},
+        {"memory": "fused"},
+        {"optimizer_type": "Muon", "state_device": "host"},
+    ],
+    ids=str,
+)
+def test_optimizers_of_every_kind_update_streamed_weights(tiny, optimizer):
+    options = {"training__max_steps": 2, "model__d_model": 64, "training__progressive__enabled": False}
+    options |= {f"training__optimizer__{key}": value for key, value in optimizer.items()}
+    if optimizer.get("memory") == "fused":
+        options["training__max_grad_norm"] = 0  # there is no norm over all gradients
+    resident = train(tiny(training__run_id="resident", **options), sinks=[])
+    streamed = train(tiny(training__run_id="streamed", **options, **STREAMED), sinks=[])
+    assert hashes(streamed) == hashes(resident)
+    assert losses(streamed) == losses(resident)
