@@ -17,6 +17,16 @@ BROKEN = [
         "must divide model.d_model 100, got 12; allowed: 1, 2, 4, 5, 10, 20, 25, 50, 100",
     ),
     ("model: {d_model: 12, n_heads: 4}", "model.d_model", "even head width"),
+    (
+        "training: {progressive: {building_mode: cyclic, trunk_precision: nf4}}",
+        "training.progressive.trunk_precision",
+        "would round every stack again after each of its visits",
+    ),
+    (
+        "training: {progressive: {building_mode: cyclic, new_stack_precision: fp8}}",
+        "training.progressive.trunk_precision",
+        "fp32 here overrules it",
+    ),
     ("model: {n_kv_heads: 5}", "model.n_kv_heads", "must divide model.n_heads 12, got 5"),
     ("model: {n_kv_heads: 24}", "model.n_kv_heads", "allowed: 1, 2, 3, 4, 6, 12"),
     ("model: {freeze_up_proj: true, ffn_type: gelu}", "model.freeze_up_proj", "swiglu or geglu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ def adapted_linear() -> type[AdaptedLinear]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # packages that PEFT loads speak of kernels they could use elsewhere
     try:
-        from stackwise.adapters.layer import AdaptedLinear
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # and of calls of theirs that PyTorch will drop
+            from stackwise.adapters.layer import AdaptedLinear
     except ModuleNotFoundError as error:
         raise ImportError(
             f"adapters need the package peft, and {error.name} is not installed; "

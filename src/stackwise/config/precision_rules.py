@@ -41,6 +41,23 @@ def qlora_bases_are_nf4(config: StackWiseConfig) -> Problem | None:
     )
 
 
+@rule(KEY + "trunk_precision", KEY + "new_stack_precision", KEY + "building_mode")
+def visited_stacks_rest_in_full(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    stored, mode = progressive.trunk_precision, progressive.new_stack_precision
+    if program_of(config) != "cyclic" or stored == "fp32" or (stored is None and mode in (None, "full")):
+        return None
+    return Problem(
+        KEY + "trunk_precision",
+        "would round every stack again after each of its visits under cyclic",
+        stored,
+        "fp32",
+        f"new_stack_precision {mode} names the format; fp32 here overrules it"
+        if stored is None
+        else "a lossy format is for stacks that are done, as under append",
+    )
+
+
 def freezes_stacks(config: StackWiseConfig) -> bool:
     """Whether the run ever leaves a trained stack out of training."""
     program, strategy = program_of(config), config.training.progressive.trunk_strategy

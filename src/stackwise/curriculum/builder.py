@@ -15,6 +15,7 @@ from stackwise.config.errors import ConfigError, Problem, did_you_mean
 from stackwise.config.shape import names_of
 from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.builder_adapters import BuilderAdapters
+from stackwise.curriculum.builder_precision import BuilderPrecision
 from stackwise.curriculum.growth import adopt, grow
 from stackwise.curriculum.layout import new_stack
 from stackwise.curriculum.settings import CurriculumKeys
@@ -23,20 +24,20 @@ from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack
 from stackwise.model.describe import rack_spec, stack_blocks
 from stackwise.model.files import load_tensors, save_tensors
-from stackwise.model.rack import Rack
+from stackwise.model.rack import Rack, count_parameters
 from stackwise.model.spec import RackSpec
+from stackwise.precision.modes import mode_of
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
 
-PRECISIONS = ("full",)
 
-
-class ProgressiveRackBuilder(BuilderAdapters):
+class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
     """Builds a rack stack by stack.
 
     Give a config, or dimensions, or both if they agree (else ValueError); neither is a TypeError. `build_rack` always
     returns the current rack; its modules stay the same across growth, so what was trained stays trained.
+    `default_precision`: the mode of stacks that are given none (`precision.modes`); full leaves it to the config.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class ProgressiveRackBuilder(BuilderAdapters):
         }
         self.config = _config_of(config, {key: value for key, value in given.items() if value is not None})
         self.building_mode = _checked_mode(building_mode or self.config.training.progressive.building_mode)
-        self.default_precision = _checked_precision(default_precision)
+        self.default_precision = mode_of(default_precision).name
+        self._modes, self._full = {}, {}
         self._base = rack_spec(self.config, 0)
         self._rack: Rack | None = None
 
@@ -88,9 +90,7 @@ class ProgressiveRackBuilder(BuilderAdapters):
         `qlora_alpha` of its own, the stack gets an adapter set `stack`; with `progressive_qlora` the older ones get a
         set `trunk`. More than `max_stacks`, another width, n_blocks < 1, an unknown precision or a rank < 1: ValueError.
         """
-        planned = self._planned_set(self._next_index, qlora_rank, qlora_alpha)
-        added = self._add(stack, n_blocks, precision, at_left=False, init=self._init)
-        return self._adapt(added, planned)
+        return self._arrive(stack, n_blocks, precision, qlora_rank, qlora_alpha, at_left=False)
 
     def prepend_stack(
         self,
@@ -101,15 +101,31 @@ class ProgressiveRackBuilder(BuilderAdapters):
         qlora_alpha: float | None = None,
     ) -> Stack:
         """Add a stack at the left end, next to the embedding; otherwise like `append_stack`."""
-        planned = self._planned_set(self._next_index, qlora_rank, qlora_alpha)
-        added = self._add(stack, n_blocks, precision, at_left=True, init=self._init)
+        return self._arrive(stack, n_blocks, precision, qlora_rank, qlora_alpha, at_left=True)
+
+    def _arrive(
+        self,
+        stack: Stack | None,
+        n_blocks: int | None,
+        precision: str | None,
+        rank: int | None,
+        alpha: float | None,
+        at_left: bool,
+    ) -> Stack:
+        mode = self._mode(precision)
+        needs_set = mode is not None and mode_of(mode).adapters
+        if needs_set and rank is None:
+            rank = self.config.training.progressive.qlora_rank
+        planned = self._planned_set(self._next_index, rank, alpha)
+        added = self._add(stack, n_blocks, at_left, self._init)
+        self._set_mode(added, mode)
         return self._adapt(added, planned)
 
     def fill(self, n_stacks: int) -> None:
         """Add random stacks, next to the head or under prepend and independent to the embedding, up to `n_stacks`."""
         while self.n_stacks < n_stacks:
             at_left = self.building_mode in ("prepend", "independent")
-            self._add(None, None, None, at_left, "random")
+            self._add(None, None, at_left, "random")
 
     @property
     def _next_index(self) -> int:
@@ -119,10 +135,7 @@ class ProgressiveRackBuilder(BuilderAdapters):
     def _init(self) -> str:
         return self.config.training.progressive.new_stack_init
 
-    def _add(
-        self, stack: Stack | None, n_blocks: int | None, precision: str | None, at_left: bool, init: str
-    ) -> Stack:
-        _checked_precision(precision or self.default_precision)
+    def _add(self, stack: Stack | None, n_blocks: int | None, at_left: bool, init: str) -> Stack:
         if self.n_stacks >= self.max_stacks:
             raise ValueError(
                 f"the rack has {self.n_stacks} stacks and training.progressive.max_stacks is {self.max_stacks}; raise it"
@@ -167,7 +180,7 @@ class ProgressiveRackBuilder(BuilderAdapters):
     # --- freezing ----------------------------------------------------------------------------------------------
 
     def freeze_trunk(self, stack_indices: int | Iterable[int] | slice | None = None) -> list[int]:
-        """Freeze the stacks at these positions (null: all but the newest) and return them.
+        """Freeze the stacks at these positions (null: all but the newest), store them in their format, and return them.
 
         Everything else trains: the other stacks, tail, norm and head, and the embedding only when no stack is frozen.
         A position outside the rack is an IndexError.
@@ -179,6 +192,8 @@ class ProgressiveRackBuilder(BuilderAdapters):
         if not rack.is_tied or not positions:
             units.add("head")
         apply_training(rack, units)
+        for position in positions:
+            self._store(rack.stacks[position])
         return positions
 
     def _positions(self, given: int | Iterable[int] | slice | None) -> list[int]:
@@ -203,20 +218,17 @@ class ProgressiveRackBuilder(BuilderAdapters):
         self._positions(stack_idx)
         stack = rack.stacks[stack_idx]
         trainable = sum(p.numel() for p in stack.parameters() if p.requires_grad)
-        first = next(stack.parameters())
         return {
             "stack_idx": stack.stack_id,
             "uid": stack.uid,
             "build_index": stack.build_index,
             "n_blocks": len(stack.blocks),
-            "precision": self.default_precision,
-            "weight_format": str(first.dtype).removeprefix("torch."),
+            **self._precision_info(stack),
             "lora": {spec.name: {"rank": spec.rank, "alpha": spec.alpha} for spec in stack.adapters},
             "qlora_rank": next((spec.rank for spec in stack.adapters if spec.name == STACK), None),
             "frozen": trainable == 0,
-            "total_parameters": sum(p.numel() for p in stack.parameters()),
+            "total_parameters": count_parameters(stack),
             "trainable_parameters": trainable,
-            "bytes": sum(p.nbytes for p in stack.parameters()),
         }
 
     def get_rack_info(self) -> dict[str, Any]:
@@ -310,9 +322,3 @@ def _checked_mode(mode: str) -> str:
             )
         )
     return mode
-
-
-def _checked_precision(precision: str) -> str:
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    return precision

@@ -16,6 +16,7 @@ from stackwise.kernels.linear import linear
 from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
+from stackwise.model.linear import Linear
 from stackwise.model.modes import autocast_to
 from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
@@ -45,6 +46,12 @@ def recompute_block(
         return run_block(index, block, x_BTD, context, cache)
     output: Tensor = checkpoint(block, x_BTD, context, use_reentrant=False)
     return output
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers a module computes with; a matrix that is stored packed counts by its shape."""
+    packed = [m for m in module.modules() if isinstance(m, Linear) and "weight" not in m._parameters]
+    return sum(p.numel() for p in module.parameters()) + sum(m.in_features * m.out_features for m in packed)
 
 
 class Stacks(nn.Module):
@@ -167,8 +174,8 @@ class Rack(PlainNames):
         return parts
 
     def get_parameter_count(self) -> int:
-        """Parameters, each tensor once."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters, each tensor once, packed matrices of frozen stacks included."""
+        return count_parameters(self)
 
     def get_trainable_parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -11,6 +11,7 @@ import torch
 
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.root import StackWiseConfig
+from stackwise.config.rules import program_of
 from stackwise.precision.modes import check_compute, frozen_format, mode_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,8 +68,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run_format(config: StackWiseConfig, dtype: torch.dtype, device: torch.device) -> str:
-    """How stacks of a run are stored once they freeze. A precision that the device cannot compute in: ConfigError."""
+    """How stacks of a run are stored once they freeze. A precision that the device cannot compute in: ConfigError.
+
+    Where stacks come and go, rounding at each departure would lose what the last visit taught: they stay in fp32
+    unless a format is asked for.
+    """
     keys = config.training.progressive
+    if program_of(config) in ("cyclic", "by_hand") and keys.trunk_precision == keys.new_stack_precision is None:
+        return "fp32"
     if keys.new_stack_precision is not None:
         check_compute(mode_of(keys.new_stack_precision), device.type)
     return frozen_format(keys, keys.new_stack_precision, str(dtype).removeprefix("torch."), device.type)
