@@ -191,12 +191,8 @@ class Engine:
         )
         self.progress.stores = self.setup.decision.use
         self.optimizers = self.setup.optimizers
-        self._has_dropout = any(
-            module.p > 0 for module in self.rack.modules() if isinstance(module, nn.Dropout)
-        )
-        self._has_dropout |= any(
-            block.dropout > 0 for block in self.rack.spec.blocks
-        )  # also inside attention
+        dropouts = [module.p for module in self.rack.modules() if isinstance(module, nn.Dropout)]
+        self._has_dropout = any(dropouts) or any(b.dropout for b in self.rack.spec.blocks)  # attention's own
 
     def _announce(self, stage: Stage, new: list[str]) -> None:
         assert self.setup is not None
