@@ -248,7 +248,7 @@ class Engine:
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
         norm = optimizers.gradient_norm()
-        loss_value, norm_value = torch.stack((total, norm.to(total.dtype))).tolist()
+        loss_value, norm_value = torch.stack((total, norm.to(total))).tolist()
         p.stage_step += 1
         p.step += 1
         if math.isfinite(loss_value) and math.isfinite(norm_value):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from safetensors import safe_open
 
 from stackwise.model.spec import AdapterSpec
 from stackwise.precision.convert import freeze_stack
+from stackwise.trunk import residency
 from stackwise.trunk.parking import park, tensors_of, unpark
 from stackwise.trunk.residency import reside, scratch
 
@@ -142,14 +141,15 @@ def test_state_is_saved_and_loaded_while_blocks_are_parked(lab, tmp_path):
     lab.assert_same(rack.state_dict(), other.state_dict())
 
 
-def test_files_go_with_the_process(tmp_path):
-    program = f"import sys; from pathlib import Path; from stackwise.trunk.residency import scratch; (scratch(Path({str(tmp_path)!r})) / 'file').touch()"
-    subprocess.run([sys.executable, "-c", program], check=True)
-    assert not list(tmp_path.iterdir())
+def test_files_share_a_folder_that_goes_with_the_process(tmp_path):
     first = scratch(tmp_path)
     assert scratch(tmp_path) == first
-    shutil.rmtree(first)
-    assert scratch(tmp_path).is_dir()
+    assert first.parent == tmp_path
+    shutil.rmtree(first)  # by somebody who makes room
+    second = scratch(tmp_path)
+    (second / "file").touch()
+    residency._scratch.pop(tmp_path).cleanup()  # as Python does when it ends
+    assert not second.exists()
 
 
 def test_a_file_that_cannot_be_written_is_an_error_with_the_ways_out(block, tmp_path):
