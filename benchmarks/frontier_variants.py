@@ -163,12 +163,20 @@ def variants(stacks: int) -> list[Variant]:
             whole_keys("grow", growth_pattern="middle", growth_factor=4, growth_at=0.4),
         ),
         Variant(
-            "grow, last block, 85 % FLOPs",
+            "grow, one by one, 85 % FLOPs",
             "growth",
-            "growth at 25 % of the tokens by copies of the last of the early stacks only, 15 % fewer FLOPs",
-            whole_keys("grow", growth_layers=last_copied(stacks), growth_at=0.25),
+            "copies of the last stack one by one during 54 % of the tokens, moments copied, one learning-rate schedule, "
+            "15 % fewer FLOPs",
+            one_by_one(),
             axes=("flops",),
             share=0.85,
+        ),
+        Variant(
+            "grow, one by one",
+            "growth",
+            "the same with all FLOPs",
+            one_by_one(),
+            axes=("flops",),
         ),
         Variant(
             "append, all train, 85 % FLOPs",
@@ -197,10 +205,10 @@ def variants(stacks: int) -> list[Variant]:
     ]
 
 
-def last_copied(stacks: int) -> list[int]:
-    """A quarter of the stacks as they are, and the rest copies of the last of them."""
-    small = max(1, stacks // 4)
-    return [*range(small), *[small - 1] * (stacks - small)]
+def one_by_one() -> Keys:
+    """Growth from a quarter of the stacks, one at a time."""
+    keys = {"growth_factor": 4, "growth_pattern": "last", "growth_schedule": "shared", "growth_at": 0.54}
+    return whole_keys("grow", growth_optimizer="copy", **keys)
 
 
 def _shallow(blocks: int) -> list[Variant]:

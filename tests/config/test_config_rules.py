@@ -505,6 +505,7 @@ def test_every_key_of_another_program_is_noted(mode):
         "growth_factor": 2,
         "growth_at": 0.2,
         "growth_pattern": "middle",
+        "growth_schedule": "shared",
         "growth_optimizer": "carry",
         "rewarmup_fraction": 0.5,
         "cycle_sweeps": 3,
@@ -530,7 +531,7 @@ def test_every_key_of_another_program_is_noted(mode):
             "stage_weights",
         },
         "grow": {"new_stack_init", "growth_factor", "growth_at", "growth_pattern", "growth_optimizer"}
-        | {"rewarmup_fraction"},
+        | {"growth_schedule", "rewarmup_fraction"},
         "independent": {"rewarmup_fraction", "train_stacks", "stage_weights"},
         "cyclic": {"cycle_sweeps", "cycle_steps", "cycle_order", "growth_optimizer", "rewarmup_fraction"},
     }[mode]

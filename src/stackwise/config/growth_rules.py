@@ -145,9 +145,10 @@ def origins(config: StackWiseConfig) -> list[int]:
     listed = list(range(small))
     if config.training.progressive.growth_pattern == "whole":
         return [i % small for i in range(stacks)]
+    middle = config.training.progressive.growth_pattern == "middle"
     while len(listed) < stacks:
-        middle = (len(listed) - 1) // 2
-        listed.insert(middle, listed[middle])
+        position = (len(listed) - 1) // 2 if middle else len(listed) - 1
+        listed.insert(position, listed[position])
     return listed
 
 

@@ -88,6 +88,7 @@ KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
     "training.progressive.growth_factor": ("grow",),
     "training.progressive.growth_at": ("grow",),
     "training.progressive.growth_pattern": ("grow",),
+    "training.progressive.growth_schedule": ("grow",),
     "training.progressive.growth_layers": ("grow",),
     "training.progressive.growth_optimizer": ("append", "prepend", "grow", "cyclic"),
     "training.progressive.rewarmup_fraction": MODES,
@@ -213,7 +214,11 @@ ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
         "training.warmup_steps is not below training.max_steps: the learning rate never reaches its peak",
     ),
     (
-        lambda c: program_of(c) == "grow" and not 0.1 <= c.training.progressive.growth_at <= 0.2,
+        lambda c: (
+            program_of(c) == "grow"
+            and c.training.progressive.growth_pattern == "whole"
+            and not 0.1 <= c.training.progressive.growth_at <= 0.2
+        ),
         "training.progressive.growth_at lies outside 0.10 to 0.20, where growth has paid most (Du et al. 2024, "
         "arXiv 2405.15319)",
     ),

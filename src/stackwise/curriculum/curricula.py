@@ -81,10 +81,16 @@ def grow(config: StackWiseConfig, steps: int) -> list[Stage]:
     elif progressive.growth_pattern == "whole":
         growths.append(Growth("duplicate", size, progressive.new_stack_init, factor=count // small))
     else:
-        growths += [_copy_of_the_middle(config, sizes, n) for n in range(small, count)]
-        # As long as it is deep: PROP-1 of Saunshi et al. 2024 (arXiv 2409.19044).
-        steps_of = [*choices.shares(early, [float(i + 1) for i in range(count - small)]), total - early]
+        middle = progressive.growth_pattern == "middle"
+        growths += [
+            _one_more(config, sizes, n, (n - 1) // 2 if middle else n - 1) for n in range(small, count)
+        ]
+        # Copies of the middle, as long as it is deep: PROP-1 of Saunshi et al. 2024 (arXiv 2409.19044).
+        weights = [float(i + 1) if middle else 1.0 for i in range(count - small)]
+        steps_of = [*choices.shares(early, weights), total - early]
     depths = [small, *range(small + 1, count + 1)] if len(growths) > 2 else [small, count]
+    shared = progressive.growth_schedule == "shared"
+    starts = [sum(steps_of[:i]) for i in range(len(steps_of))]
     return [
         Stage(
             name=f"{depth} {'stack' if depth == 1 else 'stacks'}",
@@ -93,17 +99,17 @@ def grow(config: StackWiseConfig, steps: int) -> list[Stage]:
             steps=budget,
             grow=growth,
             warmup_steps=training.warmup_steps if growth is None else choices.rewarmup(config, budget),
+            schedule=(start, total) if shared else None,
             optimizer_state="reset" if growth is None else progressive.growth_optimizer,
         )
-        for depth, budget, growth in zip(depths, steps_of, growths, strict=True)
+        for depth, budget, start, growth in zip(depths, steps_of, starts, growths, strict=True)
     ]
 
 
-def _copy_of_the_middle(config: StackWiseConfig, sizes: list[int], count: int) -> Growth:
-    """The map that puts a copy of the middle one of `count` stacks behind it."""
-    middle = (count - 1) // 2
-    end = sum(sizes[: middle + 1])
-    layers = (*range(end), *range(end - sizes[middle], end), *range(end, sum(sizes[:count])))
+def _one_more(config: StackWiseConfig, sizes: list[int], count: int, position: int) -> Growth:
+    """The map that puts a copy of the stack at a position of `count` behind it."""
+    end = sum(sizes[: position + 1])
+    layers = (*range(end), *range(end - sizes[position], end), *range(end, sum(sizes[:count])))
     size = config.model.architecture.blocks_per_stack
     return Growth("duplicate", size, config.training.progressive.new_stack_init, layers=layers)
 

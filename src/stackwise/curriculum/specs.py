@@ -36,9 +36,7 @@ def first_spec(config: StackWiseConfig, stages: list[Stage]) -> RackSpec:
         return spec.with_stacks([StackSpec(f"s{last - p}", blocks[p], last - p) for p in chosen])
     first = blocks[len(blocks) - count :] if mode == "prepend" else blocks[:count]
     loaded = config.checkpoint.init_from is not None
-    return spec.with_stacks(
-        [StackSpec(f"s{i}", stack, i, trained=loaded) for i, stack in enumerate(first)]
-    )
+    return spec.with_stacks([StackSpec(f"s{i}", stack, i, trained=loaded) for i, stack in enumerate(first)])
 
 
 def stage_specs(
