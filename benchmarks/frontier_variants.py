@@ -139,14 +139,14 @@ def variants(stacks: int) -> list[Variant]:
         Variant(
             "grow",
             "growth",
-            "a quarter of the stacks for 15 % of the tokens, then four copies of them; all train",
-            whole_keys("grow", growth_factor=4, growth_at=0.15),
+            "a quarter of the stacks for 15 % of the tokens, then four copies of them; each depth its own learning-rate schedule",
+            whole_keys("grow", growth_factor=4, growth_at=0.15, growth_schedule="own"),
         ),
         Variant(
             "grow, 85 % FLOPs",
             "growth",
             "the same with 15 % fewer FLOPs",
-            whole_keys("grow", growth_factor=4, growth_at=0.15),
+            whole_keys("grow", growth_factor=4, growth_at=0.15, growth_schedule="own"),
             axes=("flops",),
             share=0.85,
         ),
@@ -154,13 +154,15 @@ def variants(stacks: int) -> list[Variant]:
             "grow, late",
             "growth",
             "growth at 25 % of the tokens",
-            whole_keys("grow", growth_factor=4, growth_at=0.25),
+            whole_keys("grow", growth_factor=4, growth_at=0.25, growth_schedule="own"),
         ),
         Variant(
             "grow, middle",
             "growth",
             "copies of the middle stack one by one during 40 % of the tokens",
-            whole_keys("grow", growth_pattern="middle", growth_factor=4, growth_at=0.4),
+            whole_keys(
+                "grow", growth_pattern="middle", growth_factor=4, growth_at=0.4, growth_schedule="own"
+            ),
         ),
         Variant(
             "grow, one by one, 85 % FLOPs",

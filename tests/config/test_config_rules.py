@@ -505,7 +505,7 @@ def test_every_key_of_another_program_is_noted(mode):
         "growth_factor": 2,
         "growth_at": 0.2,
         "growth_pattern": "middle",
-        "growth_schedule": "shared",
+        "growth_schedule": "own",
         "growth_optimizer": "carry",
         "rewarmup_fraction": 0.5,
         "cycle_sweeps": 3,

@@ -254,7 +254,7 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.joint_lr": course(0.5, STEPS),
     "training.progressive.growth_factor": course(2, {**GROW, "model.architecture.n_stacks": 4}),
     "training.progressive.growth_at": course(0.2, GROW),
-    "training.progressive.growth_schedule": course("shared", GROW),
+    "training.progressive.growth_schedule": course("own", GROW),
     "training.progressive.growth_pattern": course("middle", {**GROW, "model.architecture.n_stacks": 4}),
     "training.progressive.growth_layers": course([0, 0, 1, 1, 2, 2, 3, 3], GROW),
     "training.progressive.cycle_sweeps": course(3, CYCLIC),

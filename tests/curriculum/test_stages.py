@@ -67,7 +67,7 @@ def test_middle_growth_inserts_copies_of_the_middle_stack_one_by_one(tiny):
 
 
 def test_last_growth_puts_copies_of_the_last_stack_next_to_the_head_under_one_schedule(tiny):
-    keys = {"growth_factor": 2, "growth_pattern": "last", "growth_schedule": "shared", "growth_at": 0.5}
+    keys = {"growth_factor": 2, "growth_pattern": "last", "growth_at": 0.5}
     listed, specs = specs_of(config_of(tiny, "grow", target_stacks=6, **keys))
     assert [stage.n_stacks for stage in listed] == [3, 4, 5, 6]
     assert [stage.steps for stage in listed] == [100, 100, 100, 300]
@@ -78,7 +78,8 @@ def test_last_growth_puts_copies_of_the_last_stack_next_to_the_head_under_one_sc
         ["s0", "s1", "s2", "s3", "s4"],
         ["s0", "s1", "s2", "s3", "s4", "s5"],
     ]
-    assert {stage.schedule for stage in stages(config_of(tiny, "grow", target_stacks=4))} == {None}
+    own = stages(config_of(tiny, "grow", target_stacks=4, growth_schedule="own"))
+    assert {stage.schedule for stage in own} == {None}
 
 
 def test_cyclic_shares_out_the_steps_of_all_stacks_in_one_schedule(tiny):

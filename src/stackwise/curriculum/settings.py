@@ -120,8 +120,8 @@ class CurriculumKeys(Settings):
     """Share of the tokens of grow that are trained before the rack has its full depth."""
     growth_pattern: Literal["whole", "middle", "last"] = "whole"
     """whole repeats the whole sequence of stacks at once; middle inserts copies of the middle stack, one after the other; last puts copies of the last stack next to the head, one after the other."""
-    growth_schedule: Literal["own", "shared"] = "own"
-    """Learning rate of grow: every depth has a schedule of its own (own), or one schedule runs over all of them (shared), so that a small rack is not trained to the end before it grows."""
+    growth_schedule: Literal["shared", "own"] = "shared"
+    """Learning rate of grow: one schedule runs over all depths (shared), so that a small rack is not trained to the end before it grows, or every depth has its own."""
     growth_layers: Annotated[list[NonNegativeInt], MinLen(1)] | None = None
     """Explicit map for grow: block i of the full rack starts as block `growth_layers[i]` of the small one. null: by `growth_pattern`."""
     growth_optimizer: StateChange = "reset"
