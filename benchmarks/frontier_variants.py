@@ -181,6 +181,13 @@ def variants(stacks: int) -> list[Variant]:
             axes=("flops",),
         ),
         Variant(
+            "grow, one by one, streamed",
+            "growth",
+            "the same with weights, gradients, moments and boundaries in host memory, one block at a time on the device",
+            {**one_by_one(), "training.residency": "streamed"},
+            axes=("flops",),
+        ),
+        Variant(
             "append, all train, 85 % FLOPs",
             "growth",
             "a copy of the last stack at a time, nothing frozen, moments carried and copied, 15 % fewer FLOPs",

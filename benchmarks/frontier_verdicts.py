@@ -29,6 +29,11 @@ def verdict(holds: bool, text: str) -> str:
     return f"**{'Holds' if holds else 'Does not hold'}**: {text}"
 
 
+def whole(rows: Sequence[Row]) -> list[Row]:
+    """The rows with as many seeds as end to end: a claim does not rest on fewer."""
+    return [row for row in rows if len(row.runs) >= len(rows[0].runs)]
+
+
 def depth_pays(rows: Sequence[Row], stacks: int) -> str:
     deep = rows[0]
     shallow = [row for row in rows if "block" in row.variant.name and row.variant.group == "control"]
@@ -46,7 +51,7 @@ def depth_pays(rows: Sequence[Row], stacks: int) -> str:
 
 def near_end_to_end(rows: Sequence[Row]) -> str:
     deep = rows[0]
-    stackwise = [row for row in rows if row.variant.group in ("stack-wise", "growth")]
+    stackwise = [row for row in whole(rows) if row.variant.group in ("stack-wise", "growth")]
     small = [row for row in stackwise if row.peak <= SMALL * deep.peak]
     if not small:
         return verdict(
@@ -67,7 +72,7 @@ def near_end_to_end(rows: Sequence[Row]) -> str:
 def growing(rows: Sequence[Row]) -> str:
     deep = rows[0]
     budget = deep.of("flops").mean * FEWER_FLOPS
-    grown = [row for row in rows if row.variant.group == "growth" and row.of("flops").mean <= budget]
+    grown = [r for r in whole(rows) if r.variant.group == "growth" and r.of("flops").mean <= budget]
     if not grown:
         return "Not measured: growth with 15 % fewer FLOPs."
     best = min(grown, key=lambda row: row.loss)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -17,6 +17,7 @@ from stackwise import ConfigError, StackWiseConfig
 from stackwise.config.document import Document, dump, parse, parse_value
 from stackwise.config.load import apply_overrides
 from stackwise.config.resolve import resolve
+from stackwise.config.rules import broken_rules
 from stackwise.config.schema import schema_rows
 from stackwise.config.shape import alternatives, item_section_of, section_of
 from stackwise.config.types import OneOf
@@ -266,6 +267,7 @@ def with_complete_groups(data: dict[str, Any]) -> dict[str, Any]:
 )
 @given(data=section(StackWiseConfig).map(with_complete_groups))
 def test_any_configuration_survives_yaml(tmp_path, data):
+    assume(not broken_rules(StackWiseConfig.model_validate(data), {}))  # keys of distant sections that disagree
     config = StackWiseConfig.from_dict(data)
     config.to_yaml(tmp_path / "c.yaml")
     again = StackWiseConfig.from_yaml(tmp_path / "c.yaml")
