@@ -18,7 +18,7 @@ from stackwise.model.describe import rack_spec
 STAGES = {
     "append-text": 5,
     "prepend-text": 5,
-    "grow-text": 2,
+    "grow-text": 4,
     "cyclic-text": 40,
     "independent-text": 4,
     "stages-text": 5,
