@@ -124,7 +124,7 @@ def test_growth_and_freezing_are_told(tiny):
 
 
 def test_a_plan_is_json_and_complete(tiny):
-    config = tiny(training__gradient_checkpointing=True)
+    config = tiny(**APPEND, training__gradient_checkpointing=True)
     told = json.loads(json.dumps(plan(config, "h200").to_dict()))
     stage = told["stages"][1]
     assert stage["memory"]["items"] == stage["bytes"]
@@ -135,37 +135,43 @@ def test_a_plan_is_json_and_complete(tiny):
 
 
 def test_the_memory_of_a_run_is_that_of_its_largest_stage(tiny):
-    laid_out, memory = plan(tiny()), estimate_memory(tiny())
+    laid_out, memory = plan(tiny(**ONE)), estimate_memory(tiny(**ONE))
     assert {item: memory[item] for item in ITEMS} == laid_out.largest.bytes
     assert memory["peak"] == laid_out.peak_bytes
     assert memory["disk"] == laid_out.disk_bytes > memory["parameters"]
 
 
+ONE = {"model__architecture__n_stacks": 1, "training__progressive__enabled": False}
+
+
 def test_hours_follow_the_rate_and_the_device(tiny):
-    slow, fast = plan(tiny(), "t4"), plan(tiny(), "h200")
+    config = tiny(**ONE)
+    slow, fast = plan(config, "t4"), plan(config, "h200")
     assert slow.dtype == fast.dtype == "float32"
-    assert plan(tiny(training__dtype="auto"), "h200").dtype == "bfloat16"
-    assert plan(tiny(training__dtype="auto"), "t4").dtype == "float32"
     assert slow.hours > fast.hours
-    assert plan(tiny(), "t4", rate=2 * slow.rate).hours == pytest.approx(slow.hours / 2)
+    assert plan(config, "t4", rate=2 * slow.rate).hours == pytest.approx(slow.hours / 2)
+    config.training.dtype = "auto"
+    assert plan(config, "t4").dtype == "float32"
+    assert plan(config, "h200").dtype == "bfloat16"
 
 
 def test_a_budget_decides_what_fits(tiny):
-    whole = plan(tiny()).peak_bytes / 2**30
-    assert plan(tiny(), budget_gib=whole * 1.3).fits == "yes"
-    assert plan(tiny(), budget_gib=whole * 1.1).fits == "tight"
-    assert plan(tiny(), budget_gib=whole * 0.9).fits == "no"
+    config = tiny(**ONE)
+    whole = plan(config).peak_bytes / 2**30
+    assert plan(config, budget_gib=whole * 1.3).fits == "yes"
+    assert plan(config, budget_gib=whole * 1.1).fits == "tight"
+    assert plan(config, budget_gib=whole * 0.9).fits == "no"
     with pytest.raises(ConfigError, match="above 0"):
-        plan(tiny(), budget_gib=0)
+        plan(config, budget_gib=0)
     with pytest.raises(ConfigError, match="rtx4090"):
-        plan(tiny(), "rtx409")
+        plan(config, "rtx409")
 
 
 def test_a_masked_row_takes_more_than_one_without_edges(tiny, tmp_path):
     """Rows of several documents need a mask, which attention keeps."""
     other = tmp_path / "more.txt"
     other.write_text("All work and no play makes Jack a dull boy.\n" * 50)
-    one, two = tiny(), tiny(data__path=[str(tmp_path / "text.txt"), str(other)])
+    one, two = tiny(**ONE), tiny(**ONE, data__path=[str(tmp_path / "text.txt"), str(other)])
     plans: list[Plan] = [plan(one), plan(two)]
     assert [p.edges for p in plans] == [False, True]
     assert plans[0].stages[0].bytes["activations"] < plans[1].stages[0].bytes["activations"]

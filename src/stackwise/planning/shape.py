@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
@@ -189,6 +190,7 @@ def _schemes(shape: Shape) -> list[tuple[str, float, float]]:
     ]
 
 
+@lru_cache(maxsize=8)
 def _count(shape: Shape) -> tuple[int, int, int]:
     """Parameters of a block, of the trunk and of one table [V, D], counted on modules without storage."""
     import torch

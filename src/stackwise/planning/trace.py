@@ -7,7 +7,8 @@ memory, so a rack with few of them is run and the part of the step that belongs 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -85,13 +86,23 @@ class Trace:
 
 def trace(situation: Situation) -> Trace:
     """The trace of a step, from a rack with few blocks."""
-    small, counts = shortened(situation)
-    return _sum_up(_step(small), counts)
+    return _both(*shortened(situation))
 
 
 def full_trace(situation: Situation) -> Trace:
     """The same from all blocks; slow, and equal."""
-    return _sum_up(_step(situation), [1] * len(situation.spec.blocks))
+    return _both(situation, [1] * len(situation.spec.blocks))
+
+
+def _both(situation: Situation, counts: list[int]) -> Trace:
+    """The items as they are counted; all tensors alive as the run holds them."""
+    counted = _sum_up(_step(situation), counts)
+    if not situation.recompute:
+        return counted
+    plain = _sum_up(
+        _step(situation, counted=False), counts
+    )  # counting runs blocks again in a form of its own
+    return replace(counted, most={**counted.most, LIVE: plain.most[LIVE]})
 
 
 def _sum_up(step: Step, counts: list[int]) -> Trace:
@@ -149,15 +160,15 @@ _RUN = Decision(False, "run")
 
 
 @lru_cache(maxsize=256)
-def _step(situation: Situation) -> Step:
+def _step(situation: Situation, counted: bool = True) -> Step:
     with torch.device("meta"):
         rack = build_rack(situation.spec)
     with fake_tensors(situation.kind):
         without_storage(rack)
-        return _run(rack, situation)
+        return _run(rack, situation, counted)
 
 
-def _run(rack: Rack, situation: Situation) -> Step:
+def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
     device = torch.device("cpu")
     split = apply_training(rack, situation.units, situation.alone)
     # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
@@ -176,7 +187,7 @@ def _run(rack: Rack, situation: Situation) -> Step:
     freed = []
     if situation.settings.memory == "fused":
         freed = [p.register_post_accumulate_grad_hook(_forget) for p in rack.parameters() if p.requires_grad]
-    with live, step.counting():
+    with live, step.counting() if counted else nullcontext():
         _mark_blocks(rack, marks)
         for _ in range(situation.micro_batches):
             marks.start()
