@@ -43,6 +43,7 @@ from stackwise.planning.live import LiveBytes
 from stackwise.planning.plan import plan
 from stackwise.planning.report import StagePlan
 from stackwise.precision.frozen_linear import FrozenLinear
+from stackwise.tracking.units import count, flops, rate, size
 from stackwise.training.device import DTYPES, run_format
 from stackwise.training.loop import Engine, Hooks
 
@@ -189,7 +190,7 @@ def _figures(
     """Speed over the whole stage, and the loss at both ends."""
     training, here = config.training, device_named(config.training.device)
     useful = step_flops(spec, trained_units(spec, stage), training.seq_len)
-    rate = entry["tokens"] / entry["seconds"]
+    speed = entry["tokens"] / entry["seconds"]
     edge = max(1, len(losses) // 10)
     return {
         "date": datetime.date.today().isoformat(),
@@ -201,9 +202,9 @@ def _figures(
         "trained": planned.trainable_parameters,
         "steps": entry["steps"],
         "tokens_per_step": training.batch_size * training.seq_len,
-        "tokens_per_s": rate,
-        "tflops": entry["flops"] / entry["seconds"] / 1e12,
-        "mfu": rate * useful / 1e12 / here.peaks.get(training.dtype, here.peaks["float32"]),
+        "tokens_per_s": speed,
+        "flops_per_s": entry["flops"] / entry["seconds"],
+        "mfu": speed * useful / 1e12 / here.peaks.get(training.dtype, here.peaks["float32"]),
         "loss_first": sum(losses[:edge]) / edge,
         "loss_last": sum(losses[-edge:]) / edge,
         "counted": entry["bytes"],
@@ -237,10 +238,10 @@ def main() -> int:
     else:
         print(
             f"{found['date']}, {found['device']}, {found['dtype']}: {found['blocks']} blocks, {found['frozen_blocks']} "
-            f"of them frozen in NF4, {found['parameters'] / 1e9:.2f} G parameters, {found['trained'] / 1e9:.2f} G trained\n"
-            f"peak memory  {found['measured_peak'] / 1e9:.3f} GB measured, {found['planned_peak'] / 1e9:.3f} GB planned, "
+            f"of them frozen in NF4, {count(found['parameters'])} parameters, {count(found['trained'])} trained\n"
+            f"peak memory  {size(found['measured_peak'])} measured, {size(found['planned_peak'])} planned, "
             f"ratio {found['ratio']:.3f}\n"
-            f"speed        {found['tokens_per_s']:.0f} tokens/s, {found['tflops']:.1f} TFLOP/s, MFU {found['mfu']:.1%}\n"
+            f"speed        {rate(found['tokens_per_s'])}, {flops(found['flops_per_s'])}/s, MFU {found['mfu']:.1%}\n"
             f"loss         {found['loss_first']:.3f} -> {found['loss_last']:.3f} in {found['steps']} steps"
         )
     return int(abs(found["ratio"] - 1) > TOLERANCE)
