@@ -204,7 +204,7 @@ def _show_comparison(comparison: Comparison, laid_out: Plan) -> None:
     rows = []
     for row in comparison.rows:
         if row.plan is None:
-            rows.append([row.name, "-", "-", "-", "-", "-", "-", "-", row.problem])
+            rows.append([row.name, *"--------", row.problem])
             continue
         where = (units.size(row.plan.host_bytes), units.size(row.plan.disk_bytes))
         rows.append(
@@ -216,15 +216,27 @@ def _show_comparison(comparison: Comparison, laid_out: Plan) -> None:
                 units.flops(row.flops),
                 _time(row.hours),
                 units.count(row.tokens),
+                f"{row.trained_share:.0%}",
                 row.plan.fits,
             ]
         )
     print_table(
         "Curricula for the same model",
-        ["curriculum", "stages", "memory", "host", "disk", "compute", "time", "tokens", "text:fits"],
+        [
+            "curriculum",
+            "stages",
+            "memory",
+            "host",
+            "disk",
+            "compute",
+            "time",
+            "tokens",
+            "trained",
+            "text:fits",
+        ],
         rows,
         caption=f"Compute and time for {units.count(comparison.tokens)} tokens; tokens for "
-        f"{units.flops(comparison.flops)}. Without blocks that only append has at the head.",
+        f"{units.flops(comparison.flops)}; trained: the share of the tokens that a block trains on. Without blocks that only append has at the head.",
     )
     best = comparison.cheapest
     if best is None:

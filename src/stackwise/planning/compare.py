@@ -47,7 +47,7 @@ class Row:
     """A curriculum. `problem`: why this config cannot run it; the plan is null then.
 
     `flops` and `hours` are those of the tokens that all rows are reckoned with, `tokens` those that the FLOPs of the
-    config's own run would pay for.
+    config's own run would pay for. `trained_share`: of all tokens, those that a block trains on, on average.
     """
 
     name: str
@@ -57,11 +57,24 @@ class Row:
     hours: float = 0.0
     tokens: float = 0.0
 
+    @property
+    def trained_share(self) -> float:
+        if self.plan is None:
+            return 0.0
+        blocks = max(stage.total_blocks for stage in self.plan.stages)
+        trained = sum(stage.tokens * stage.trained_blocks for stage in self.plan.stages)
+        return trained / (self.plan.total_tokens * blocks)
+
     def to_dict(self) -> dict[str, Any]:
         told = {"name": self.name, "problem": self.problem}
         if self.plan is None:
             return told
-        facts = {"flops": self.flops, "hours": self.hours, "tokens": self.tokens}
+        facts = {
+            "flops": self.flops,
+            "hours": self.hours,
+            "tokens": self.tokens,
+            "trained_share": self.trained_share,
+        }
         largest = {
             "peak_bytes": self.plan.peak_bytes,
             "fits": self.plan.fits,

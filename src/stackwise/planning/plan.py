@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stackwise.config.resolve import resolve
 from stackwise.config.rules import program_of
 from stackwise.planning.devices import Device, device_named, limited
+from stackwise.planning.facts import Data, compute_dtype, data_facts, has_edges, own_device
 from stackwise.planning.report import Plan, StagePlan
 
 if TYPE_CHECKING:
@@ -56,11 +55,11 @@ def plan_on(
 
     `only`: the name of a stage; the others are left out, which saves their time. Without such a stage: all.
     """
-    data = _data_facts(config, corpus)
+    data = data_facts(config, corpus)
     notes = config.notes()
     config, derived = resolve(config, vocab_size=data.vocab_size)
-    dtype = _dtype(config, device)
-    speed, edges = rate or device.rate(dtype), _has_edges(config)
+    dtype = compute_dtype(config, device)
+    speed, edges = rate or device.rate(dtype), has_edges(config)
     return Plan(
         stages=_Rows(config, device, dtype, speed, data).all(edges, only),
         derived=derived,
@@ -92,70 +91,10 @@ def estimate_memory(config: StackWiseConfig, device: str | None = None) -> dict[
     }
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What the data says: tokens of the tokenizer, steps of an epoch, rows. Null where it was not looked at."""
-
-    vocab_size: int | None = None
-    steps_per_epoch: int | None = None
-    n_rows: int | None = None
-    corpus: Corpus | None = None
-
-
-def _data_facts(config: StackWiseConfig, corpus: Corpus | None) -> _Data:
-    """From the data where the plan depends on it."""
-    from stackwise.data.tokenizers import ByteTokenizer
-
-    if corpus is None:
-        epochs = any(record.epochs is not None for record in config.training.stages or [])
-        if config.training.max_steps is not None and not epochs:
-            if config.model.vocab_size is not None:
-                return _Data()
-            if config.data.tokenizer == "byte":
-                return _Data(ByteTokenizer().vocab_size)
-    from stackwise.data.prepare import prepare
-    from stackwise.training.run import loader_steps, make_loader
-
-    resolved, _ = resolve(config)
-    assert resolved.data.cache_dir is not None
-    corpus = corpus or prepare(resolved.data, resolved.data.cache_dir)
-    loader = make_loader(resolved, corpus)
-    return _Data(corpus.tokenizer.vocab_size, loader_steps(resolved, loader), loader.rows, corpus)
-
-
-def own_device(config: StackWiseConfig) -> str:
-    """The device that the run would take on this machine."""
-    if config.training.device == "cpu":
-        return "cpu"
-    from stackwise.training.device import pick_device
-
-    return str(pick_device(config.training.device))
-
-
-def _dtype(config: StackWiseConfig, device: Device) -> str:
-    """The dtype that the run computes in on a device. One it cannot compute in is a ConfigError."""
-    import torch
-
-    from stackwise.training.device import pick_dtype
-
-    if config.training.dtype == "auto" and device.kind != "cpu":
-        return "bfloat16" if device.has_bfloat16 else "float32"
-    return str(pick_dtype(config.training.dtype, torch.device(device.kind))).removeprefix("torch.")
-
-
-def _has_edges(config: StackWiseConfig) -> bool:
-    """Whether rows may hold padding or the edge of a document, so that attention needs a mask."""
-    data = config.data
-    if not data.packing:
-        return True
-    one = data.source == "text" and isinstance(data.path, str) and Path(data.path).is_file()
-    return data.doc_mask and not one
-
-
 class _Rows:
     """Plans the stages of a config one after the other."""
 
-    def __init__(self, config: StackWiseConfig, device: Device, dtype: str, rate: float, data: _Data) -> None:
+    def __init__(self, config: StackWiseConfig, device: Device, dtype: str, rate: float, data: Data) -> None:
         self.config, self.device, self.dtype, self.rate, self.data = config, device, dtype, rate, data
 
     def all(self, edges: bool, only: str | None = None) -> list[StagePlan]:
@@ -237,6 +176,7 @@ class _Rows:
             trains=list(stage.trains),
             n_stacks=stage.n_stacks,
             prefix_blocks=own.prefix_blocks,
+            trained_blocks=sum(work.trains for work in situation.works()),
             total_blocks=len(situation.spec.blocks),
             steps=stage.steps,
             tokens=tokens,

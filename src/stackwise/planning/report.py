@@ -27,6 +27,7 @@ class StagePlan:
     trains: list[str]
     n_stacks: int
     prefix_blocks: int
+    trained_blocks: int
     total_blocks: int
     steps: int
     tokens: int
