@@ -170,19 +170,53 @@ def test_signals_to_the_process_group_leave_the_workers_at_work():
     assert multiprocessing.active_children() == []
 
 
+PROGRAM = """\
+import os, signal, sys
+import numpy as np
+from stackwise.data.corpus import TokenSplit
+from stackwise.data.loader import TokenLoader
+split = TokenSplit.from_arrays(np.arange(100))
+stream = TokenLoader(split, seq_len=4, batch_size=2, seed=0, num_workers=2)
+"""
+
+
+def run_program(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PROGRAM + code], capture_output=True, text=True, timeout=60)
+
+
+def test_a_signal_to_a_worker_that_has_just_been_started_is_ignored():
+    code = """\
+def signal_myself():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+os.register_at_fork(after_in_child=signal_myself)
+print(len([next(stream) for _ in range(4)]))
+stream.close()
+"""
+    done = run_program(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
+
+
 def test_a_program_that_forgets_its_workers_ends_all_the_same():
-    code = (
-        "import numpy as np\n"
-        "from stackwise.data.corpus import TokenSplit\n"
-        "from stackwise.data.loader import TokenLoader\n"
-        "split = TokenSplit.from_arrays(np.arange(100))\n"
-        "stream = TokenLoader(split, seq_len=4, batch_size=2, seed=0, num_workers=2)\n"
-        "next(stream)\n"
-        "raise RuntimeError('some mistake')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = run_program("next(stream)\nraise RuntimeError('some mistake')\n")
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: some mistake\n")
+
+
+def test_a_program_whose_worker_was_killed_ends_all_the_same():
+    code = """\
+import multiprocessing
+next(stream)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+try:
+    for batch in stream:
+        pass
+except RuntimeError as error:
+    kept = error  # and with it the frames that hold the workers
+print("kept")
+"""
+    done = run_program(code)
+    assert (done.returncode, done.stdout) == (0, "kept\n"), done.stderr
 
 
 def test_iterating_again_continues():

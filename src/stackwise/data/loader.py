@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.errors import DataError
@@ -21,6 +22,7 @@ from stackwise.data.packing import Batch, Rows, SampleIds, make_rows
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def permutation(n: int, seed: int, epoch: int) -> SampleIds:
@@ -88,7 +90,7 @@ class TokenLoader:
         }
         self._cursor = 0
         self._orders: dict[int, SampleIds] = {}
-        self._ahead: Iterator[Batch] | None = None
+        self._ahead: _MultiProcessingDataLoaderIter | None = None
 
     @property
     def rows(self) -> int:
@@ -185,23 +187,30 @@ class TokenLoader:
 
     def close(self) -> None:
         """Stop the worker processes; the next batch starts them again."""
-        self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:  # dropping the name is not enough: a traceback may hold the iterator
+            ahead._shutdown_workers()
 
-    def _start_workers(self) -> Iterator[Batch]:
-        # The interpreter's own way to end workers at exit is SIGTERM, which they ignore.
-        method = weakref.WeakMethod(self.close)
-        atexit.register(lambda: (method() or _nothing)())
-        return iter(
-            DataLoader(
-                _RowDataset(self._rows),
-                sampler=_Upcoming(self, self._cursor),
-                batch_size=None,  # the sampler names whole batches
-                num_workers=self.num_workers,
-                collate_fn=_unchanged,
-                worker_init_fn=_ignore_signals,
-                generator=torch.Generator(),  # else every start would draw from the global random state
-            )
+    def _start_workers(self) -> _MultiProcessingDataLoaderIter:
+        loader = DataLoader(
+            _RowDataset(self._rows),
+            sampler=_Upcoming(self, self._cursor),
+            batch_size=None,  # the sampler names whole batches
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else every start would draw from the global random state
         )
+        # A worker inherits the mask, so no signal reaches it before it ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            ahead = _MultiProcessingDataLoaderIter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # The interpreter's own way to end workers at exit is SIGTERM, which they ignore: it would wait for ever.
+        shutdown = weakref.WeakMethod(ahead._shutdown_workers)
+        atexit.register(lambda: (shutdown() or _nothing)())
+        return ahead
 
 
 class EvalLoader:
@@ -283,5 +292,6 @@ def _nothing() -> None:
 def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. Only the training process answers:
     # a worker killed by them would break its save. Workers end with `close`, or when their parent is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
