@@ -267,7 +267,9 @@ def with_complete_groups(data: dict[str, Any]) -> dict[str, Any]:
 )
 @given(data=section(StackWiseConfig).map(with_complete_groups))
 def test_any_configuration_survives_yaml(tmp_path, data):
-    assume(not broken_rules(StackWiseConfig.model_validate(data), {}))  # keys of distant sections that disagree
+    assume(
+        not broken_rules(StackWiseConfig.model_validate(data), {})
+    )  # keys of distant sections that disagree
     config = StackWiseConfig.from_dict(data)
     config.to_yaml(tmp_path / "c.yaml")
     again = StackWiseConfig.from_yaml(tmp_path / "c.yaml")

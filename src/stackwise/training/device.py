@@ -74,7 +74,10 @@ def run_format(config: StackWiseConfig, dtype: torch.dtype, device: torch.device
     unless a format is asked for.
     """
     keys = config.training.progressive
-    if program_of(config) in ("cyclic", "by_hand") and keys.trunk_precision == keys.new_stack_precision is None:
+    if (
+        program_of(config) in ("cyclic", "by_hand")
+        and keys.trunk_precision == keys.new_stack_precision is None
+    ):
         return "fp32"
     if keys.new_stack_precision is not None:
         check_compute(mode_of(keys.new_stack_precision), device.type)
