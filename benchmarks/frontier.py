@@ -22,7 +22,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ def jobs_of(setting: Setting, seed: int) -> Iterator[Job]:
     reference = config_of({**base, **END_TO_END.keys, "training.max_steps": setting.steps})
     flops, tokens = flops_of(reference, rows), tokens_of(reference)
     for variant in variants(setting.stacks):
+        if setting.corpus.path is not None and not variant.text:
+            continue
         for axis in variant.axes:
             if axis == "tokens" and (variant is END_TO_END or not setting.equal_tokens):
                 continue
@@ -89,8 +91,8 @@ def trials_of(setting: Setting) -> Iterator[Job]:
 
 def work_through(
     jobs: list[Job | Measurement], folder: Path, workers: int, show: Callable[[str], None]
-) -> None:
-    """Run what has no record yet. The first failure ends the program once what is running has been saved."""
+) -> list[str]:
+    """Run what has no record yet. The others go on when one fails. Returns: the names of those that failed."""
     missing = [job for job in jobs if not (folder / f"{job.name}.json").exists()]
     show(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before, {workers} at a time")
     started, done, total = time.monotonic(), 0.0, sum(job.flops for job in missing)
@@ -105,17 +107,30 @@ def work_through(
             f"{job.name.rsplit('-', 1)[0]}: {record['line']}, {record['cpu_seconds']:.0f} CPU s; {left / 60:.0f} min left"
         )
 
+    def fail(job: Job | Measurement, error: Exception) -> None:
+        show(f"{job.name.rsplit('-', 1)[0]} FAILED: {type(error).__name__}: {error}")
+        failed.append(job.name)
+
+    failed: list[str] = []
     if workers == 1:
         for job in missing:
-            note(job, do(job))
-        return
+            try:
+                note(job, do(job))
+            except Exception as error:  # noqa: BLE001
+                fail(job, error)
+        return failed
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(do, job): job for job in missing}
         try:
             for future in as_completed(waiting):
-                note(waiting[future], future.result())
+                error = future.exception()
+                if isinstance(error, Exception) and not isinstance(error, BrokenExecutor):
+                    fail(waiting[future], error)
+                else:
+                    note(waiting[future], future.result())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    return failed
 
 
 def do(job: Job | Measurement) -> dict[str, Any]:
@@ -165,8 +180,7 @@ def go(scale: Scale, options: argparse.Namespace, show: Callable[[str], None]) -
             jobs += [job for seed in scale.seeds for job in jobs_of(setting, seed)]
     if not options.tune:
         jobs += measurements(scale, settings[0])
-    if not options.report_only:
-        work_through(jobs, folder, options.jobs, show)
+    failed = [] if options.report_only else work_through(jobs, folder, options.jobs, show)
     records = records_of(jobs, folder)
     if options.tune:
         for line in best_rates(records):
@@ -175,6 +189,8 @@ def go(scale: Scale, options: argparse.Namespace, show: Callable[[str], None]) -
     docs = options.docs or (ROOT / "docs" if scale is FULL else folder)
     for line in write_report(docs, scale, settings, records):
         show(line)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed and are missing above: {', '.join(failed)}")
     return records
 
 

@@ -108,12 +108,11 @@ def leading_blocks(spec: RackSpec, stage: Stage) -> int:
 
 
 class _Visits:
-    """Which rows a run visits, and which it finds stored at the boundary of the stage before."""
+    """Which rows a run visits, and which of them it finds in a store."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed, self.cursor = rows, seed, 0
-        self.below: np.ndarray = np.zeros(rows, bool)
-        self.boundary = 0
+        self.kept: dict[int, np.ndarray] = {}  # the stores on disk: boundary -> which rows they hold
 
     def take(self, count: int) -> np.ndarray:
         """bool [rows]: which are among the next `count` of the stream."""
@@ -134,14 +133,17 @@ class _Visits:
             start += end - place
 
     def fill(self, visited: np.ndarray, boundary: int) -> list[tuple[int, int]]:
-        """(first block to run, rows) for rows that come for the first time at this boundary."""
-        if boundary < self.boundary:  # a store further up serves nobody below
-            self.below = np.zeros(self.rows, bool)
-        known = int((visited & self.below).sum())
-        parts = [(self.boundary, known), (0, int(visited.sum()) - known)]
-        self.below = visited | self.below if boundary == self.boundary else visited
-        self.boundary = boundary
-        return parts
+        """(first block to run, rows) for rows that come for the first time at this boundary.
+
+        Afterwards the store of this boundary and the next one below it are kept, as in a run.
+        """
+        nothing = np.zeros(self.rows, bool)
+        lower = max((b for b in self.kept if b < boundary), default=0)
+        held, below = self.kept.get(boundary, nothing), self.kept.get(lower, nothing)
+        missing = visited & ~held
+        known = int((missing & below).sum())
+        self.kept = {boundary: held | visited, **({lower: below} if lower else {})}
+        return [(lower, known), (0, int(missing.sum()) - known)]
 
 
 def batch_for(keys: Keys, steps: int, target: float, rows: int) -> Keys:

@@ -120,7 +120,11 @@ def run(job: Job) -> dict[str, Any]:
         keys = {**job.keys, "training.progressive.cache_dir": cache}
         record = train(job.corpus, keys, job.flops)
     answers = "" if record["accuracy"] is None else f", {100 * record['accuracy']:.1f} % of answers"
-    head = {"job": {**asdict(job), "name": job.name}, "line": f"loss {record['loss']:.4f}{answers}"}
+    corpus = {**asdict(job.corpus), "path": job.corpus.path and Path(job.corpus.path).name}
+    head = {
+        "job": {**asdict(job), "corpus": corpus, "name": job.name},
+        "line": f"loss {record['loss']:.4f}{answers}",
+    }
     return {**head, **record}
 
 

@@ -80,7 +80,7 @@ FULL = Scale(
     name="full",
     seeds=(1, 2, 3),
     depth=Setting(Corpus("depth", rows=10240, held_out=512), DEPTH, steps=1000),
-    text_steps=600,
+    text_steps=400,
     depths=(4, 8, 16, 32),
     cache_stacks=16,
     cache_steps=96,

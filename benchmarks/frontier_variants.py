@@ -16,6 +16,7 @@ class Variant:
     """`keys` change the base config. `share` of end to end's FLOPs is its budget. `axes` it is run on.
 
     `steps_key`: where the budget goes. `big_batch`: as many steps as end to end, and FLOPs made equal by the batch.
+    `text`: it is run on the text as well; one row of every kind is.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Variant:
     share: float = 1.0
     steps_key: str = "training.max_steps"
     big_batch: bool = False
+    text: bool = True
 
 
 def append_keys(**changes: Any) -> Keys:
@@ -59,6 +61,7 @@ def variants(stacks: int) -> list[Variant]:
             "activations of the blocks computed again in the backward pass",
             {P + "enabled": False, "training.gradient_checkpointing": True},
             axes=("flops",),
+            text=False,
         ),
         Variant(
             "end to end, streamed",
@@ -73,7 +76,14 @@ def variants(stacks: int) -> list[Variant]:
             "frozen trunk, new stack at random",
             append_keys(new_stack_init="random"),
         ),
-        Variant("append", "stack-wise", "frozen trunk, new stack a copy of the last", append_keys()),
+        Variant(
+            "append",
+            "stack-wise",
+            "frozen trunk, new stack a copy of the last",
+            append_keys(),
+            axes=("flops",),
+            text=False,
+        ),
         Variant(
             "append, cached",
             "stack-wise",
@@ -86,6 +96,7 @@ def variants(stacks: int) -> list[Variant]:
             "the trunk in host memory as well",
             append_keys(cache_activations=True, trunk_residency="streamed"),
             axes=("flops",),
+            text=False,
         ),
         Variant(
             "append, nf4 trunk",
@@ -93,6 +104,7 @@ def variants(stacks: int) -> list[Variant]:
             "frozen stacks stored in 4 bits, outputs from the store",
             append_keys(cache_activations=True, trunk_precision="nf4"),
             axes=("flops",),
+            text=False,
         ),
         Variant(
             "append, global head",
@@ -117,6 +129,8 @@ def variants(stacks: int) -> list[Variant]:
                 joint_tuning_fraction=0.2,
                 joint_tuning_backbone="gradual",
             ),
+            axes=("flops",),
+            text=False,
         ),
         Variant(
             "prepend",
@@ -129,6 +143,8 @@ def variants(stacks: int) -> list[Variant]:
             "stack-wise",
             "sweeps, one stack trains at a time, moments dropped",
             whole_keys("cyclic", cycle_sweeps=4),
+            axes=("flops",),
+            text=False,
         ),
         Variant(
             "cyclic, carried",
@@ -149,12 +165,15 @@ def variants(stacks: int) -> list[Variant]:
             whole_keys("grow", growth_factor=4, growth_at=0.15, growth_schedule="own"),
             axes=("flops",),
             share=0.85,
+            text=False,
         ),
         Variant(
             "grow, late",
             "growth",
             "growth at 25 % of the tokens",
             whole_keys("grow", growth_factor=4, growth_at=0.25, growth_schedule="own"),
+            axes=("flops",),
+            text=False,
         ),
         Variant(
             "grow, middle",
@@ -163,6 +182,8 @@ def variants(stacks: int) -> list[Variant]:
             whole_keys(
                 "grow", growth_pattern="middle", growth_factor=4, growth_at=0.4, growth_schedule="own"
             ),
+            axes=("flops",),
+            text=False,
         ),
         Variant(
             "grow, one by one, 85 % FLOPs",
@@ -178,7 +199,7 @@ def variants(stacks: int) -> list[Variant]:
             "growth",
             "the same with all FLOPs",
             one_by_one(),
-            axes=("flops",),
+            text=False,
         ),
         Variant(
             "grow, one by one, streamed",
@@ -232,5 +253,6 @@ def _shallow(blocks: int) -> list[Variant]:
             keys,
             axes=("flops",),
             big_batch=True,
+            text=False,
         ),
     ]
