@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.objectives.bits import fold, mix, scores, signed, uniforms
+from stackwise.objectives.bits import mix, scores, signed, uniforms
 
 SHOW = (
     "import torch; from stackwise.objectives.bits import scores;"
@@ -81,11 +81,6 @@ def test_scores_are_never_negative_and_stay_below_two_to_the_62() -> None:
     values = scores(-3, ids, ids, 100, "mask")
     assert int(values.min()) >= 0
     assert 2**61 < int(values.max()) < 2**62
-
-
-def test_folding_tells_apart_both_numbers_and_their_order() -> None:
-    a, b = torch.cartesian_prod(torch.arange(60), torch.arange(60)).unbind(1)
-    assert len(fold(a, b).unique()) == 3600
 
 
 def test_sample_ids_and_draws_must_be_one_per_sample() -> None:

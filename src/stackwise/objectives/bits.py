@@ -30,9 +30,9 @@ def uniforms(seed: int, sample_ids: Tensor, draws: Tensor, n: int, stream: str) 
     return _shifted(_raw(seed, sample_ids, draws, n, stream), 11).double() * 2.0**-53
 
 
-def fold(draws: Tensor, more: Tensor) -> Tensor:
-    """One int64 per pair of integers, [B] and [B] -> [B]: further parts of a draw, such as a mask count."""
-    return mix(mix(draws.long() + signed(GOLDEN)) + more.long())
+def normals(seed: int, sample_ids: Tensor, draws: Tensor, n: int, stream: str) -> Tensor:
+    """As `scores`, as float64 [B, n] of mean 0 and variance 1: the inverse normal distribution of uniform numbers."""
+    return torch.special.ndtri(centred(_raw(seed, sample_ids, draws, n, stream)))
 
 
 def mix(x: Tensor) -> Tensor:
