@@ -67,7 +67,7 @@ def adopt(rack: Rack, spec: RackSpec, seed: int, own: dict[str, Stack] | None = 
     stacks = [held[s.uid] if s.uid in held else added[s.uid].to(place) for s in spec.stacks]
     with torch.device("meta"):  # everything that is not a stack is taken over
         grown = Rack(spec, seed=seed, stacks=stacks)
-    for name in ("embedding", "positions", "tail", "norm"):
+    for name in ("embedding", "positions", "time", "tail", "norm"):
         setattr(grown, name, getattr(rack, name))
     grown.head = rack.head
     grown.runner = rack.runner

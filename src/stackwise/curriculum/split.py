@@ -81,7 +81,7 @@ def units_of(name: str, adapter_set: str | None = None) -> set[str]:
     """The units that a parameter belongs to, from its name in the rack; a unit that trains trains all of its own."""
     first, _, rest = name.partition(".")
     if first != "stacks":
-        return {"embedding" if first == "positions" else first}
+        return {"embedding" if first in ("positions", "time") else first}
     uid, _, i, *_ = rest.split(".")
     return {f"stack:{uid}", f"block:{uid}.{i}"} | ({f"lora.{adapter_set}:{uid}"} if adapter_set else set())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from stackwise.model.names import PlainNames
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
+from stackwise.model.time import Condition
 from stackwise.model.visibility import Visibility
 
 
@@ -21,6 +22,7 @@ class Context(NamedTuple):
     visibility: Visibility
     position_ids: Tensor | None
     max_seq_len: int
+    time: Condition | None = None
 
 
 class Block(PlainNames):
@@ -29,6 +31,7 @@ class Block(PlainNames):
     With `short_conv`, a short causal convolution runs over the input of both.
 
     pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
+    Where the rack is told the time that way, a scale and a shift follow each N (see `model.time`).
     Built from the keyword arguments of `BlockSpec`, or from a `spec`. Bad values are ValueErrors, unknown
     arguments TypeErrors with the nearest spelling.
     """
@@ -54,11 +57,24 @@ class Block(PlainNames):
         self.requires_grad_(True)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
+        attn_norm, ffn_norm = (
+            (self.attn_norm, self.ffn_norm) if context.time is None else self._told(context.time)
+        )
         if self.pre:
-            x_BTD = self._add(x_BTD, self._attend(self.attn_norm(x_BTD), context, cache))
-            return self._add(x_BTD, self._feed(self.ffn_norm(x_BTD), context, cache))
-        x_BTD = self.attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
-        return self.ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+            x_BTD = self._add(x_BTD, self._attend(attn_norm(x_BTD), context, cache))
+            return self._add(x_BTD, self._feed(ffn_norm(x_BTD), context, cache))
+        x_BTD = attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
+        return ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+
+    def _told(self, time: Condition) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """Both norms with the scale and shift of the time behind them."""
+        if time.norms is None:
+            return self.attn_norm, self.ffn_norm
+        scale, shift, ffn_scale, ffn_shift = time.norms
+        return (
+            lambda x_BTD: self.attn_norm(x_BTD) * (1 + scale) + shift,
+            lambda x_BTD: self.ffn_norm(x_BTD) * (1 + ffn_scale) + ffn_shift,
+        )
 
     def _attend(self, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
         if self.attn_conv is not None:

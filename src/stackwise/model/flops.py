@@ -3,7 +3,8 @@
 Counting follows the matrices: a matrix of P numbers costs 2P FLOP per token forward, 2P for the gradient to its
 input and 2P for the gradient to itself. Attention adds 4 T D per token forward over T visible positions (half of
 that when causal), and twice as much backward. Norms, activations, rotations and short convolutions are left out
-(under 1 %), and so is what is paid per step and not per token, such as unpacking a 4-bit matrix.
+(under 1 %), and so is what is paid per row or step and not per token, such as telling the time of the noise or
+unpacking a 4-bit matrix.
 
 In cost units, one block's forward pass is 1: a trained block costs 3, a frozen one before the first trained tensor 1,
 a frozen one behind it 2, and a block whose forward pass is repeated for the backward pass 1 more.
@@ -105,12 +106,14 @@ def step_flops(
     recompute_frozen: bool | None = None,
     cached: int = 0,
     alone: int | None = None,
+    scored: float = 1.0,
 ) -> float:
     """FLOP per token of one training step that trains the named units (see `rows_of`; and "embedding", "norm", "head").
 
     `recompute`: blocks that gradients pass run their forward pass twice; `recompute_frozen` (null: alike) says it for
     those of which no more than adapters train. `cached`: leading blocks whose output is
-    read from the activation store. Looking up the embedding is free.
+    read from the activation store. `scored`: share of the positions that the head reads. Looking up the embedding is
+    free.
     """
     total, flows = 0.0, "embedding" in trained
     for index, work in enumerate(rows_of(spec, trained, alone)):
@@ -119,7 +122,7 @@ def step_flops(
         forward, backward, flows = _block_flops(work, seq_len, flows)
         again = recompute if work.trains or recompute_frozen is None else recompute_frozen
         total += forward * (2 if again and flows else 1) + backward
-    head = 2.0 * spec.vocab_size * spec.d_model
+    head = 2.0 * spec.vocab_size * spec.d_model * scored
     flows = flows or "norm" in trained
     own = "embedding" if spec.tied else "head"
     return total + head * (1 + flows + (own in trained))

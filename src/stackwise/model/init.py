@@ -9,6 +9,9 @@
 | embedding with `embedding_norm`          | N(0, 1): steps turn its rows without leaps        |
 | head of its own                          | N(0, 0.02^2 * 768 / d_model), near-uniform; or 0 *|
 | short convolutions                       | the identity: first tap 1, others 0               |
+| table of times                           | N(0, 1)                                           |
+| what of the time is added to embeddings  | as large as they are: N(0, 1 / (fan_in * d_model))|
+| scales and shifts of the time            | 0: the model without it                           |
 | norm weights; biases                     | 1; 0                                              |
 
 * with `zero_init_outputs`.
@@ -52,7 +55,7 @@ def init_tensor(name: str, tensor: Tensor, start: Start, *, zero_output: bool) -
     """Give one named parameter of a rack its first values, in place. `zero_output`: an output starts at zero."""
     leaf, owner = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2] if name.count(".") else ""
     output = owner in ("o", "down", "head")
-    if leaf == "bias" or (output and zero_output):
+    if leaf == "bias" or (output and zero_output) or owner == "modulation":
         tensor.zero_()
     elif tensor.dim() < 2:
         tensor.fill_(1.0)
@@ -61,8 +64,10 @@ def init_tensor(name: str, tensor: Tensor, start: Start, *, zero_output: bool) -
         tensor[0] = 1.0
     else:
         std = tensor.shape[-1] ** -0.5
-        if owner == "embedding" and start.embedding_norm:
+        if leaf == "table" or (owner == "embedding" and start.embedding_norm):
             std = 1.0
+        elif owner == "added" and not start.embedding_norm:
+            std /= math.sqrt(tensor.shape[0])
         elif owner == "head":
             std = 0.02 * math.sqrt(768 / tensor.shape[-1])
         elif output:

@@ -21,6 +21,7 @@ from stackwise.model.modes import autocast_to
 from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
+from stackwise.model.time import Condition, TimeInput
 from stackwise.model.visibility import Visibility
 
 
@@ -109,6 +110,7 @@ class Rack(PlainNames):
         # the compiler, which takes a second.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, d_model), freeze=False)
         self.positions = POSITION_LAYERS.get(spec.positions)(spec.max_seq_len, d_model)
+        self.time = None if spec.time is None else TimeInput(spec.time, d_model)
         fresh = stacks is None
         self.stacks = Stacks(stacks or [Stack.from_spec(s, i) for i, s in enumerate(spec.stacks)])
         self.tail = nn.ModuleList(Block(block) for block in spec.tail)
@@ -151,7 +153,7 @@ class Rack(PlainNames):
 
     def units(self) -> list[tuple[str, list[nn.Module]]]:
         """The rack in forward order, for splitting it into prefix, active part and suffix."""
-        lookup = [m for m in (self.embedding, self.positions) if m is not None]
+        lookup = [m for m in (self.embedding, self.positions, self.time) if m is not None]
         units: list[tuple[str, list[nn.Module]]] = [("embedding", lookup)]
         for stack in self.stacks:
             units += [(f"stack:{stack.uid}", [block]) for block in stack.blocks]
@@ -164,7 +166,7 @@ class Rack(PlainNames):
         if first == "stacks":
             part, adapter_set = f"stack:{rest.partition('.')[0]}", adapter_set_of(name)
             return f"{part}/lora.{adapter_set}" if adapter_set else part
-        return "embedding" if first == "positions" else first
+        return "embedding" if first in ("positions", "time") else first
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Parameters by part, each tensor once; the unit of checkpoints."""
@@ -196,11 +198,22 @@ class Rack(PlainNames):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        time_step: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [B, T], attention_mask 0/1 or bool [B, T] (with a cache: [B, seen + T]) -> logits [B, T, V]."""
+        """input_ids [B, T], attention_mask 0/1 or bool [B, T] (with a cache: [B, seen + T]) -> logits [B, T, V].
+
+        `time_step` float [B] in (0, 1]: the time of the noise, for a rack that is told it; elsewhere a ValueError.
+        """
         self._check_ids(input_ids)
+        if time_step is not None and not bool(((time_step > 0) & (time_step <= 1)).all()):
+            raise ValueError(f"time_step must lie in (0, 1], got {time_step.tolist()}")
         hidden = self.forward_features(
-            input_ids, attention_mask, position_ids=position_ids, document_ids=document_ids, cache=cache
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            cache=cache,
+            time_step=time_step,
         )
         return self.head(hidden)
 
@@ -213,12 +226,15 @@ class Rack(PlainNames):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
         prefix: int = 0,
+        time_step: Tensor | None = None,
     ) -> Tensor:
         """Everything but the head -> hidden [B, T, D].
 
         `prefix`: how many leading units (embedding, then blocks) run without gradient; see `curriculum.split`.
         """
-        context = self.make_context(input_ids, attention_mask, position_ids, document_ids, cache)
+        context = self.make_context(
+            input_ids, attention_mask, position_ids, document_ids, cache, time_step=time_step
+        )
         start, stop = self.span
         blocks = max(start, prefix - 1)
         with torch.no_grad() if prefix else nullcontext():
@@ -248,12 +264,15 @@ class Rack(PlainNames):
         listed = [(block, stack.compute_dtype) for stack in self.stacks for block in stack.blocks]
         return [*listed, *((block, None) for block in self.tail)]  # type: ignore[list-item]
 
-    def forward_from_stack(self, hidden: Tensor, start: int, end: int | None = None) -> Tensor:
+    def forward_from_stack(
+        self, hidden: Tensor, start: int, end: int | None = None, *, time_step: Tensor | None = None
+    ) -> Tensor:
         """Run stacks start..end-1 on hidden states [B, T, D]; with `end` null also the tail and the final norm."""
         n_stacks = len(self.stacks)
         if not 0 <= start <= n_stacks or (end is not None and not start <= end <= n_stacks):
             raise IndexError(f"stacks {start}..{end} of a rack of {n_stacks}")
-        context = Context(Visibility(hidden.shape[1], device=hidden.device), None, self.spec.max_seq_len)
+        visibility = Visibility(hidden.shape[1], device=hidden.device)
+        context = Context(visibility, None, self.spec.max_seq_len, self._told(time_step, hidden.shape[0]))
         bounds = [0]
         for stack in self.stacks:
             bounds.append(bounds[-1] + len(stack.blocks))
@@ -268,7 +287,7 @@ class Rack(PlainNames):
         return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
 
     def embed(self, input_ids: Tensor, context: Context) -> Tensor:
-        """Token embedding, plus positions where they are added there. [B, T] -> [B, T, D]."""
+        """Token embedding, plus positions and time where they are added there. [B, T] -> [B, T, D]."""
         x_BTD = self.look_up(input_ids)
         if self.positions is not None:
             position_ids = context.position_ids
@@ -276,6 +295,8 @@ class Rack(PlainNames):
                 past = context.visibility.past
                 position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
             x_BTD = x_BTD + self.positions(position_ids)
+        if context.time is not None and context.time.added is not None:
+            x_BTD = x_BTD + context.time.added
         return x_BTD if self.dropout is None else self.dropout(x_BTD)
 
     def make_context(
@@ -285,6 +306,8 @@ class Rack(PlainNames):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        time_step: Tensor | None = None,
     ) -> Context:
         """What all blocks of a forward pass share; also checks lengths and shapes (ValueError)."""
         past = cache.length if cache is not None else 0
@@ -301,7 +324,28 @@ class Rack(PlainNames):
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and a cache cannot be combined: generate each document by itself")
         visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device)
-        return Context(visibility, position_ids, limit)
+        return Context(visibility, position_ids, limit, self._told(time_step, input_ids.shape[0]))
+
+    def _told(self, time_step: Tensor | None, n_rows: int) -> Condition | None:
+        """What the time of the noise comes to; ValueError where it is missing, not asked for, or no float [B]."""
+        if self.time is None:
+            if time_step is None:
+                return None
+            raise ValueError(
+                "this model is not told the time of the noise, so it takes no time_step: leave it out, or build the "
+                "model with training.progressive.time_interpretation=input"
+            )
+        if time_step is None:
+            raise ValueError(
+                "this model is told the time of the noise (training.progressive.time_interpretation=input), so it "
+                f"needs time_step, a float tensor [{n_rows}] in (0, 1]; 1 is the heaviest noise"
+            )
+        if time_step.shape != (n_rows,) or not time_step.is_floating_point():
+            raise ValueError(
+                f"time_step must be a float tensor [{n_rows}], got {time_step.dtype} {list(time_step.shape)}"
+            )
+        told: Condition = self.time(time_step)
+        return told
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if input_ids.dtype not in (torch.int64, torch.int32):

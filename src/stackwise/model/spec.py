@@ -167,13 +167,43 @@ class StackSpec:
         return cls(**{**data, "blocks": blocks, "adapters": adapters})
 
 
+TIME_ENCODINGS = ("sinusoidal", "learned")
+TIME_CONDITIONINGS = ("add", "adaln")
+
+
+@dataclass(frozen=True)
+class TimeSpec:
+    """How a rack is told the time of the noise; see `stackwise.model.time`. Wrong values are ValueErrors.
+
+    `width` of the features, `steps` of the horizon (rows of a learned table).
+    """
+
+    width: int
+    steps: int
+    encoding: str = "sinusoidal"
+    conditioning: str = "add"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of the time input must be at least 1, got {getattr(self, name)}")
+        for name, known in (("encoding", TIME_ENCODINGS), ("conditioning", TIME_CONDITIONINGS)):
+            value = getattr(self, name)
+            if value not in known:
+                close = did_you_mean(value, known)
+                raise ValueError(
+                    f"{name} of the time input must be {' or '.join(known)}, got {value!r}"
+                    + (f"; {close}" if close else "")
+                )
+
+
 @dataclass(frozen=True)
 class RackSpec:
     """embedding -> stacks -> tail -> norm -> head.
 
     `tail` are the global head blocks: they sit between the last stack and the final norm and train in every stage of
     an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `tied`: the
-    head is the embedding's matrix.
+    head is the embedding's matrix. `time`: how it is told the time of the noise; null: it is not.
     """
 
     vocab_size: int
@@ -188,6 +218,7 @@ class RackSpec:
     dropout: float = 0.0
     planned_blocks: int = 0
     embedding_norm: bool = False
+    time: TimeSpec | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
@@ -221,4 +252,5 @@ class RackSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> RackSpec:
         stacks = tuple(StackSpec.from_dict(stack) for stack in data["stacks"])
         tail = tuple(BlockSpec.create(row) for row in data["tail"])
-        return cls(**{**data, "stacks": stacks, "tail": tail})
+        time = TimeSpec(**data["time"]) if data.get("time") else None
+        return cls(**{**data, "stacks": stacks, "tail": tail, "time": time})

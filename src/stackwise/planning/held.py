@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stackwise.model.rack import Rack
 
 PARTS = ("blocks", "adapters", "embedding", "head")
-"""Norms count with the blocks, learned positions with the embedding. A tied head has nothing of its own."""
+"""Norms count with the blocks, learned positions and the time input with the embedding. A tied head has nothing of its own."""
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -120,7 +120,9 @@ def part_of(name: str) -> str:
     if adapter_set_of(name) is not None:
         return "adapters"
     first = name.partition(".")[0]
-    return {"embedding": "embedding", "positions": "embedding", "head": "head"}.get(first, "blocks")
+    return {"embedding": "embedding", "positions": "embedding", "time": "embedding", "head": "head"}.get(
+        first, "blocks"
+    )
 
 
 class _Place(NamedTuple):

@@ -39,11 +39,11 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
 def memory_of(name: str, parameter: Tensor, memory: str) -> str:
     """What `training.optimizer.memory` means for one parameter.
 
-    Adapters train in fp32. Of the large tensors all but positions and convolutions are matrices that bf16 serves.
+    Adapters train in fp32. Of the large tensors all but positions, the time input and convolutions are matrices that bf16 serves.
     """
     if memory == "full" or parameter.numel() < FEWEST or adapter_set_of(name) is not None:
         return "full"
-    matrix = parameter.dim() == 2 and not name.startswith("positions.") and "_conv." not in name
+    matrix = parameter.dim() == 2 and not name.startswith(("positions.", "time.")) and "_conv." not in name
     return "int8_nomaster" if memory in NARROW and matrix else "int8"
 
 
@@ -68,7 +68,9 @@ def rule_for(name: str, parameter: Tensor, stage: Stage, newest: str, settings: 
     # a stage's rate is said for `lr`; with Muon the rest keeps its proportion
     factor = 1.0 if own is None else own / opt.lr
     decays = (
-        parameter.dim() >= 2 and not name.startswith(("embedding.", "positions.")) and "_conv." not in name
+        parameter.dim() >= 2
+        and not name.startswith(("embedding.", "positions.", "time."))
+        and "_conv." not in name
     )
     decay = opt.weight_decay if decays else 0.0
     for group in opt.groups:

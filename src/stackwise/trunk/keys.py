@@ -34,7 +34,9 @@ def prefix_hashes(rack: Rack, n_blocks: int) -> list[str]:
         name: getattr(spec, name)
         for name in ("vocab_size", "d_model", "positions", "norm_eps", "embedding_norm")
     }
-    _add(running, facts, (m for m in (rack.embedding, rack.positions) if m is not None))
+    if spec.time is not None:
+        facts["time"] = asdict(spec.time)
+    _add(running, facts, (m for m in (rack.embedding, rack.positions, rack.time) if m is not None))
     hashes = [running.hexdigest()]
     stacks: list[dict[str, Any]] = []
     for stack in rack.stacks:

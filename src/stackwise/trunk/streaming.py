@@ -76,9 +76,11 @@ class Streamer:
     ) -> Tensor:
         if self._output is None or self._output() is not x_BTD:
             self._begin_pass()
-        if block.parked is None and not (self.recompute_all and _has_gradient(block, x_BTD)):
+        told = _norms_told(context)
+        has_gradient = _has_gradient(block, x_BTD, told)
+        if block.parked is None and not (self.recompute_all and has_gradient):
             y_BTD = self.rest(index, block, x_BTD, context, cache)
-        elif not _has_gradient(block, x_BTD):
+        elif not has_gradient:
             y_BTD, _ = self._run(index, block, x_BTD, context, cache)
         elif cache is not None:
             raise ValueError(
@@ -86,7 +88,7 @@ class Streamer:
             )
         else:
             self._visit = _Visit(self, index, block, context, x_BTD, self._visit)
-            y_BTD = _Again.apply(self._visit, x_BTD, *self._visit.reached)
+            y_BTD = _Again.apply(self._visit, x_BTD, told, *self._visit.reached)
         self._output = weakref.ref(y_BTD)
         return y_BTD
 
@@ -156,8 +158,11 @@ class _Visit:
         if self.boundary is not None:
             self.boundary.fetch()
 
-    def again(self, x_BTD: Tensor | None, grad_BTD: Tensor, needs_x: bool) -> tuple[Tensor | None, ...]:
-        """Gradients of the input and of what is reached; those of parked parameters go to the host by themselves."""
+    def again(
+        self, x_BTD: Tensor | None, grad_BTD: Tensor, needs_x: bool, needs_told: bool
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, of scales and shifts of the time, and of what is reached; those of parked
+        parameters go to the host by themselves."""
         streamer = self.streamer
         if streamer._visit is self:
             streamer._visit = None
@@ -176,18 +181,23 @@ class _Visit:
         if self.before is not None:
             self.before.prepare()
             self.before = None
+        context, told = self.context, None
+        if needs_told and context.time is not None and context.time.norms is not None:
+            told = context.time.norms.detach().requires_grad_()
+            context = context._replace(time=context.time._replace(norms=told))
         with self.conditions.again(), torch.enable_grad():
-            y_BTD = functional_call(self.block, live, (x_BTD, self.context), tie_weights=False)
+            y_BTD = functional_call(self.block, live, (x_BTD, context), tie_weights=False)
         streamer.gradients.settle()
-        wanted = [x_BTD, *leaves] if needs_x else leaves
+        wanted = [*([x_BTD] if needs_x else []), *([told] if told is not None else []), *leaves]
         found: list[Tensor | None] = list(torch.autograd.grad(y_BTD, wanted, grad_BTD, allow_unused=True))
         grad_x = found.pop(0) if needs_x else None
+        grad_told = found.pop(0) if told is not None else None
         if slots is None or ticket is None:
-            return grad_x, *found
+            return grad_x, grad_told, *found
         slots.close(ticket)
-        others = [grad_BTD] if grad_x is None else [grad_BTD, grad_x]
+        others = [grad for grad in (grad_BTD, grad_x, grad_told) if grad is not None]
         streamer.gradients.send(list(self.trained.values()), found, others)
-        return grad_x, None
+        return grad_x, grad_told, None
 
 
 class _Boundary:
@@ -228,7 +238,7 @@ class _Boundary:
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, visit: _Visit, x_BTD: Tensor, *reached: Tensor) -> Tensor:
+    def forward(ctx: Any, visit: _Visit, x_BTD: Tensor, told: Tensor | None, *reached: Tensor) -> Tensor:
         ctx.visit = visit
         if visit.boundary is None:
             ctx.save_for_backward(x_BTD)
@@ -239,10 +249,18 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         visit: _Visit = ctx.visit
         x_BTD = None if visit.boundary is not None else ctx.saved_tensors[0]
-        return None, *visit.again(x_BTD, grad_BTD, ctx.needs_input_grad[1])
+        _, needs_x, needs_told, *_ = ctx.needs_input_grad
+        return None, *visit.again(x_BTD, grad_BTD, needs_x, needs_told)
 
 
-def _has_gradient(block: Block, x_BTD: Tensor) -> bool:
+def _norms_told(context: Context) -> Tensor | None:
+    """Scales and shifts of the time, which gradients may pass as they pass the block's input."""
+    return None if context.time is None else context.time.norms
+
+
+def _has_gradient(block: Block, x_BTD: Tensor, told: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
-        x_BTD.requires_grad or any(p.requires_grad for p in block.parameters())
+        x_BTD.requires_grad
+        or (told is not None and told.requires_grad)
+        or any(p.requires_grad for p in block.parameters())
     )
