@@ -269,6 +269,17 @@ BROKEN = [
         "got 'half'; compute in bfloat16, or set training.optimizer.memory to int8_nomaster",
     ),
     (
+        "training: {max_grad_norm: 0, optimizer: {memory: fused}, "
+        "stages: [{train: [all], max_steps: 2, precision: half}]}",
+        "training.stages.0.precision",
+        "got 'half'; compute in bfloat16, or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 2, precision: qlora}]}",
+        "training.stages.0.precision",
+        "got 'qlora'; set training.progressive.qlora_enabled to true, or choose nf4",
+    ),
+    (
         "training: {stages: [{train: [heads], max_steps: 2}]}",
         "training.stages.0",
         "trains 'heads', which matches nothing in a rack of 2 stacks with 4, 4 blocks; known: all, new,",
@@ -438,6 +449,14 @@ NOTED = [
         "training.progressive.fake_quant has no effect: frozen stacks are stored in fp32",
     ),
     (
+        "training: {stages: [{train: [all], max_steps: 2, precision: nf4}], progressive: {new_stack_precision: full}}",
+        "new_stack_precision has no effect: every stage in which stacks join has a precision of its own",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 2, cache: auto}], progressive: {cache_activations: true}}",
+        "cache_activations has no effect: every stage says by itself",
+    ),
+    (
         "training: {unit: block, progressive: {building_mode: grow}}",
         "training.unit has no effect: training.progressive.building_mode is grow",
     ),
@@ -549,6 +568,24 @@ def test_every_growth_key_is_noted_with_hand_written_stages():
     notes = [note for note in StackWiseConfig.from_dict(config).notes() if "has no effect" in note]
     assert len(notes) == 6
     assert all("training.stages says what happens" in note for note in notes)
+
+
+def test_keys_that_some_stage_leaves_in_force_are_not_noted():
+    first, second = (
+        {"train": ["all"], "max_steps": 1},
+        {"train": ["new"], "grow": {"op": "append"}, "max_steps": 1},
+    )
+    keys = {
+        "new_stack_precision": "full",
+        "fake_quant": True,
+        "cache_activations": False,
+        "cache_dtype": "fp8",
+    }
+    for own in ({"precision": "nf4"}, {"cache": "auto"}):
+        training = {"stages": [first, {**second, **own}], "progressive": keys}
+        notes = StackWiseConfig.from_dict({"training": training}).notes()
+        inert = "cache_dtype" if "precision" in own else "fake_quant"
+        assert [note.split()[0] for note in notes] == [f"training.progressive.{inert}"]
 
 
 def test_nothing_is_noted_about_defaults():

@@ -92,12 +92,14 @@ def sets(to: Any, given: dict[str, Any] | None = None) -> Proof:
     return changes(described, to, given)
 
 
+def described(config: StackWiseConfig) -> list[RackSpec]:
+    """The rack of every stage."""
+    run = stages(config, steps_per_epoch=100)
+    return stage_specs(config, run, first_spec(config, run), "fp32")
+
+
 def stacks(to: Any, given: dict[str, Any] | None = None) -> Proof:
     """Proof that in some stage the stacks of the rack are others: their storage or their adapter sets."""
-
-    def described(config: StackWiseConfig) -> list[RackSpec]:
-        run = stages(config, steps_per_epoch=100)
-        return stage_specs(config, run, first_spec(config, run), "fp32")
 
     return changes(described, to, {"model.vocab_size": 97, **STEPS, **(given or {})})
 
@@ -231,6 +233,9 @@ PROOFS: dict[str, Proof] = {
     "training.stages.N.data_start": stage(3),
     "training.stages.N.seq_len": stage(8),
     "training.stages.N.batch_size": stage(2),
+    "training.stages.N.precision": item(
+        described, "nf4", [{"train": ["all"], "max_steps": 5}], model__vocab_size=97
+    ),
     "training.max_steps": course(7),
     "training.epochs_per_stack": course(2),
     "training.warmup_steps": course(5, STEPS),
@@ -286,6 +291,7 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "training.stages.N.cache": "tests/curriculum/test_own_keys.py::test_a_stage_decides_about_its_own_store",
     "checkpoint.init_from": "tests/curriculum/test_start.py::"
     "test_init_from_starts_from_the_weights_of_another_run",
     "training.progressive.qlora_lr": "tests/adapters/test_stages.py::test_adapters_train_at_a_rate_of_their_own",

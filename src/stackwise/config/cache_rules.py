@@ -18,11 +18,18 @@ def has_frozen_prefix(config: StackWiseConfig) -> bool:
 
 
 def _never_stores(config: StackWiseConfig) -> bool:
-    return has_frozen_prefix(config) and config.training.progressive.cache_activations is False
+    choices = [config.training.progressive.cache_activations]
+    choices += [stage.cache for stage in config.training.stages or () if stage.cache is not None]
+    return has_frozen_prefix(config) and not any(choices)
 
 
 def _needs_no_folder(config: StackWiseConfig) -> bool:
     return config.training.progressive.trunk_residency != "mapped"
+
+
+def _stages_say_it(config: StackWiseConfig) -> bool:
+    listed = config.training.stages
+    return listed is not None and all(stage.cache is not None for stage in listed)
 
 
 _OFF = "training.progressive.cache_activations is false"
@@ -32,6 +39,11 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
     *(
         (f"training.progressive.{key}", lambda c: not has_frozen_prefix(c), _NO_PREFIX)
         for key in ("cache_activations", "cache_max_bytes", "cache_ram_bytes", "cache_dtype")
+    ),
+    (
+        "training.progressive.cache_activations",
+        _stages_say_it,
+        "every stage says by itself whether it stores outputs",
     ),
     *(
         (f"training.progressive.{key}", _never_stores, _OFF)

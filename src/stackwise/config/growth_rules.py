@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stackwise.config import rules
 from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.precision_rules import qlora_stacks_have_adapters
 from stackwise.config.rules import (
     Check,
     copies_stacks,
@@ -295,7 +296,8 @@ def stages_can_run(config: StackWiseConfig) -> list[Problem]:
     """Selectors that match nothing, growth past the limit or by a wrong map: what a walk through the stages finds."""
     if config.training.stages is None or stages_are_whole(config):
         return []
-    if any(check(config) for check in (*BLOCK_RULES, every_stack_has_a_shape, unlike_blocks_can_be_built)):
+    shapes = (*BLOCK_RULES, every_stack_has_a_shape, unlike_blocks_can_be_built)
+    if any(check(config) for check in (*shapes, qlora_stacks_have_adapters)):
         return []
     from stackwise.curriculum.program import hand_written
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import Problem
+from stackwise.config.precision_rules import precisions
 from stackwise.config.rules import rule
 
 if TYPE_CHECKING:
@@ -109,16 +110,17 @@ def fused_cannot_take_a_step_back(config: StackWiseConfig) -> Problem | None:
     )
 
 
-@rule("training.optimizer.memory", "training.dtype", "training.progressive.new_stack_precision")
+@rule(
+    "training.optimizer.memory",
+    "training.dtype",
+    "training.progressive.new_stack_precision",
+    "training.stages",
+)
 def fused_has_no_scaled_gradients(config: StackWiseConfig) -> Problem | None:
     training = config.training
     if training.optimizer.memory != "fused":
         return None
-    found = {
-        "training.dtype": training.dtype,
-        "training.progressive.new_stack_precision": training.progressive.new_stack_precision,
-    }
-    for key, value in found.items():
+    for key, value in {"training.dtype": training.dtype, **precisions(config)}.items():
         if value in ("float16", "half"):
             return Problem(
                 key,

@@ -14,18 +14,29 @@ if TYPE_CHECKING:
 KEY = "training.progressive."
 
 
-@rule(KEY + "new_stack_precision", KEY + "qlora_enabled")
-def qlora_stacks_have_adapters(config: StackWiseConfig) -> Problem | None:
-    progressive = config.training.progressive
-    if progressive.new_stack_precision != "qlora" or progressive.qlora_enabled:
-        return None
-    return Problem(
-        KEY + "new_stack_precision",
-        "trains adapters over a base that stays as it is, but training.progressive.qlora_enabled is false",
-        "qlora",
-        hint="set training.progressive.qlora_enabled to true, or choose nf4, which trains the weights and stores them "
-        "as nf4 afterwards",
-    )
+def precisions(config: StackWiseConfig) -> dict[str, str]:
+    """Every precision that somebody has given to new stacks, under its key."""
+    given = {KEY + "new_stack_precision": config.training.progressive.new_stack_precision}
+    for i, stage in enumerate(config.training.stages or ()):
+        given[f"training.stages.{i}.precision"] = stage.precision
+    return {key: name for key, name in given.items() if name is not None}
+
+
+@rule(KEY + "new_stack_precision", KEY + "qlora_enabled", "training.stages")
+def qlora_stacks_have_adapters(config: StackWiseConfig) -> list[Problem]:
+    if config.training.progressive.qlora_enabled:
+        return []
+    return [
+        Problem(
+            key,
+            "trains adapters over a base that stays as it is, but training.progressive.qlora_enabled is false",
+            "qlora",
+            hint="set training.progressive.qlora_enabled to true, or choose nf4, which trains the weights and stores "
+            "them as nf4 afterwards",
+        )
+        for key, name in precisions(config).items()
+        if name == "qlora"
+    ]
 
 
 @rule(KEY + "trunk_precision", KEY + "new_stack_precision")
@@ -69,9 +80,17 @@ def freezes_stacks(config: StackWiseConfig) -> bool:
 
 
 def _stores_in_full(config: StackWiseConfig) -> bool:
-    progressive = config.training.progressive
-    chosen = progressive.trunk_precision
-    return chosen == "fp32" or (chosen is None and progressive.new_stack_precision == "full")
+    chosen = config.training.progressive.trunk_precision
+    given = precisions(config)
+    all_own = KEY + "new_stack_precision" in given or _stages_say_it(config)
+    return chosen == "fp32" or (chosen is None and all_own and set(given.values()) == {"full"})
+
+
+def _stages_say_it(config: StackWiseConfig) -> bool:
+    """Whether every stage in which stacks join has a precision of its own."""
+    listed = config.training.stages or []
+    joining = [stage for i, stage in enumerate(listed) if i == 0 or stage.grow is not None]
+    return bool(joining) and all(stage.precision is not None for stage in joining)
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
@@ -79,6 +98,11 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
         KEY + "trunk_precision",
         lambda c: not freezes_stacks(c) and not c.training.progressive.fake_quant,
         "no stack is ever frozen",
+    ),
+    (
+        KEY + "new_stack_precision",
+        lambda c: c.checkpoint.init_from is None and _stages_say_it(c),
+        "every stage in which stacks join has a precision of its own",
     ),
     (KEY + "fake_quant", _stores_in_full, "frozen stacks are stored in fp32, which rounds nothing"),
 ]

@@ -10,7 +10,7 @@ from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.curriculum.costs import stage_tokens, with_vocabulary
 from stackwise.curriculum.layout import grow_spec
-from stackwise.curriculum.specs import first_spec, stage_spec
+from stackwise.curriculum.specs import first_spec, newcomers, stage_spec
 from stackwise.curriculum.split import trained_units
 from stackwise.curriculum.stage import Growth, Stage
 from stackwise.model.describe import block_spec
@@ -47,6 +47,8 @@ def hand_written(config: StackWiseConfig, steps_per_epoch: int | None = None) ->
             stage = replace(stage, n_stacks=count, steps=_steps(config, i, record, stage, steps_per_epoch))
             spec = stage_spec(sized, before, stage, "fp32")
             _check(config, stage, record, spec)
+            _check_precision(key, stage, newcomers(before, grown))
+            _check_cache(key, stage, spec)
         except ValueError as error:
             problems += error.problems if isinstance(error, ConfigError) else [Problem(key, str(error))]
             spec = grown
@@ -124,3 +126,26 @@ def _check(config: StackWiseConfig, stage: Stage, record: StageSettings, spec: R
     )
     if others:
         raise ValueError(f"trains {', '.join(others)}, which does not run in it")
+
+
+def _check_precision(key: str, stage: Stage, joining: set[str]) -> None:
+    if stage.precision is not None and not joining:
+        message = "is for stacks that join, and none does in this stage"
+        raise ConfigError(Problem(f"{key}.precision", message, stage.precision, hint="remove it"))
+
+
+def _check_cache(key: str, stage: Stage, spec: RackSpec) -> None:
+    """Ask the one function that decides, on modules without storage."""
+    if stage.cache is not True:
+        return
+    import torch
+
+    from stackwise.curriculum.assemble import build_rack
+    from stackwise.curriculum.split import apply_training
+    from stackwise.trunk.legality import cache_refusal
+
+    with torch.device("meta"):
+        rack = build_rack(spec)
+    split = apply_training(rack, trained_units(spec, stage), stage.alone)
+    if (reason := cache_refusal(rack, split.prefix)) is not None:
+        raise ConfigError(Problem(f"{key}.cache", f"cannot be: {reason}", True, "auto, false, null"))

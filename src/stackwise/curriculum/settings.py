@@ -17,7 +17,7 @@ from stackwise.config.types import (
     Text,
     UnitFloat,
 )
-from stackwise.precision.settings import PrecisionKeys
+from stackwise.precision.settings import PrecisionKeys, StackPrecision
 from stackwise.trunk.settings import TrunkKeys
 
 Trains = Literal["auto", "always", "first", "never"]
@@ -81,6 +81,10 @@ class StageSettings(Settings):
     """Tokens per row. null: `training.seq_len`."""
     batch_size: PositiveInt | None = None
     """Rows per micro-batch. null: `training.batch_size`."""
+    precision: StackPrecision | None = None
+    """Precision of the stacks that join here, as in `training.progressive.new_stack_precision`. null: that key."""
+    cache: Literal["auto"] | Flag | None = None
+    """Keep the outputs of its frozen trunk, as in `training.progressive.cache_activations`; true is refused where it is not allowed. null: that key."""
 
 
 class CurriculumKeys(Settings):

@@ -57,12 +57,11 @@ def stage_spec(config: StackWiseConfig, before: RackSpec, stage: Stage, run_form
     (`precision.modes.frozen_format`). Adapters that would train over weights that never learned: ValueError.
     """
     grown = before if stage.grow is None else grow_spec(before, stage.grow)
-    held = {stack.uid for stack in before.stacks}
+    joining = newcomers(before, grown)
     taught = any(stack.trained for stack in before.stacks)
     copied = taught and stage.grow is not None and stage.grow.init != "random"
     stacks = [
-        stack if stack.uid in held and taught else _newborn(config, stack, stage, copied)
-        for stack in grown.stacks
+        _newborn(config, stack, stage, copied) if stack.uid in joining else stack for stack in grown.stacks
     ]
     if config.training.progressive.qlora_enabled:
         newest = max(stacks, key=lambda stack: stack.build_index).uid
@@ -71,6 +70,13 @@ def stage_spec(config: StackWiseConfig, before: RackSpec, stage: Stage, run_form
     spec = grown.with_stacks(stacks)
     units = trained_units(spec, stage)
     return spec.with_stacks([_stored(stack, stage, units, run_format) for stack in stacks])
+
+
+def newcomers(before: RackSpec, grown: RackSpec) -> set[str]:
+    """Stacks that join the rack in a stage: what it grows, and everything where nothing has trained yet."""
+    if not any(stack.trained for stack in before.stacks):
+        return {stack.uid for stack in grown.stacks}
+    return {stack.uid for stack in grown.stacks} - {stack.uid for stack in before.stacks}
 
 
 def _newborn(config: StackWiseConfig, stack: StackSpec, stage: Stage, trained: bool) -> StackSpec:

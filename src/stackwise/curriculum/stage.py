@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from stackwise.model.spec import BlockSpec
 
@@ -55,7 +55,7 @@ class Stage:
     `optimizer_state`: what happens to the moments at the start (reset, carry, copy; see `training.optim.carried`).
     `alone`: embedding -> only the stack with this build index -> norm -> head.
     `data_start`: optimizer steps into the stream of samples at which the stage starts; null goes on where the last
-    one ended. `seq_len`, `batch_size`, `precision` (of the new stack) and `cache` null: those of the run.
+    one ended. `seq_len`, `batch_size`, `precision` (of the stacks that join) and `cache` null: those of the run.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Stage:
     seq_len: int | None = None
     batch_size: int | None = None
     precision: str | None = None
-    cache: bool | None = None
+    cache: Literal["auto"] | bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `Stage.from_dict` gives back an equal object."""

@@ -46,12 +46,12 @@ def mode_of(name: str) -> Mode:
     return MODES[name]
 
 
-def check_compute(mode: Mode, device: str) -> None:
-    """ConfigError where a kind of device (cpu, cuda, mps) cannot compute in the mode."""
+def check_compute(mode: Mode, device: str, key: str = "training.progressive.new_stack_precision") -> None:
+    """ConfigError about `key` where a kind of device (cpu, cuda, mps) cannot compute in the mode."""
     if mode.compute_dtype == "float16" and device == "cpu":
         raise ConfigError(
             Problem(
-                "training.progressive.new_stack_precision",
+                key,
                 "cannot be used on a CPU, which has no float16 arithmetic and emulates it about a hundred times slower",
                 mode.name,
                 ", ".join(name for name, other in MODES.items() if other.compute_dtype != "float16"),

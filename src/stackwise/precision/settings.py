@@ -21,12 +21,16 @@ def _hinted(value: Any) -> Any:
     return value
 
 
+StackPrecision = Annotated[Precision, BeforeValidator(_hinted)]
+"""A precision that a stack can have, by name."""
+
+
 class PrecisionKeys(Settings):
     """The precision of stacks while they train and once they are frozen."""
 
     trunk_precision: Annotated[WeightFormat, BeforeValidator(_hinted)] | None = None
     """How the matrices of frozen stacks are stored. Stacks after them train on the rounded outputs. null: the format that goes with `new_stack_precision`; without that fp32 on the CPU and the format of `training.dtype` elsewhere."""
-    new_stack_precision: Annotated[Precision, BeforeValidator(_hinted)] | None = None
+    new_stack_precision: StackPrecision | None = None
     """Number format a new stack computes in, and is stored in once it is frozen: full fp32, half fp16, bfloat16, or bfloat16 stored as fp8, nvfp4 or nf4; qlora trains adapters over an nf4 base. null: as `training.dtype` says."""
     fake_quant: Flag = False
     """Round the matrices of a training stack to the format in which it will be frozen, at every use; gradients pass as if they had not been rounded."""

@@ -74,6 +74,9 @@ def run_format(config: StackWiseConfig, dtype: torch.dtype, device: torch.device
     unless a format is asked for.
     """
     keys = config.training.progressive
+    for i, record in enumerate(config.training.stages or ()):
+        if record.precision is not None:
+            check_compute(mode_of(record.precision), device.type, f"training.stages.{i}.precision")
     if (
         program_of(config) in ("cyclic", "by_hand")
         and keys.trunk_precision == keys.new_stack_precision is None
