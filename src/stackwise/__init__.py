@@ -25,6 +25,9 @@ _HOMES = {
     ],
     "stackwise.model.rack": ["Rack"],
     "stackwise.model.settings": ["ArchitectureConfig"],
+    "stackwise.objectives.depth": ["MaskScheduler"],
+    "stackwise.objectives.schedules": ["NoiseSchedule"],
+    "stackwise.objectives.timesteps": ["ProgressiveMasking", "TimeStepMasking"],
     "stackwise.planning.plan": ["estimate_memory", "plan"],
     "stackwise.precision.manager": ["PrecisionManager"],
     "stackwise.training.run": ["train"],
@@ -38,15 +41,19 @@ __all__ = [
     "ArchitectureTrainer",
     "Block",
     "ConfigError",
+    "MaskScheduler",
     "MemoryManager",
+    "NoiseSchedule",
     "PrecisionManager",
     "ProgressiveDataLoader",
+    "ProgressiveMasking",
     "ProgressiveRackBuilder",
     "ProgressiveTrainer",
     "Rack",
     "Stack",
     "StackWiseConfig",
     "Stage",
+    "TimeStepMasking",
     "__version__",
     "create_rack_from_config",
     "create_rack_from_specs",
@@ -73,6 +80,9 @@ if TYPE_CHECKING:
     )
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
+    from stackwise.objectives.depth import MaskScheduler
+    from stackwise.objectives.schedules import NoiseSchedule
+    from stackwise.objectives.timesteps import ProgressiveMasking, TimeStepMasking
     from stackwise.planning.plan import estimate_memory, plan
     from stackwise.precision.manager import PrecisionManager
     from stackwise.training.progressive_data import ProgressiveDataLoader

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stackwise.config.errors import ConfigError
-from stackwise.objectives.schedules import MaskScheduler, NoiseSchedule
+from stackwise.objectives.schedules import NoiseSchedule
 
 TABLE = [0.0, 0.1, 0.15, 0.6, 1.0]
 BOUNDS = [(0.0, 1.0), (0.15, 0.9)]
@@ -120,25 +120,3 @@ def test_out_of_reach() -> None:
         NoiseSchedule().rate(1.5)
     with pytest.raises(ValueError, match=r"runs from 0\.1 to 1"):
         NoiseSchedule(high=0.9).inverse(0.05)
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("linear", [0.15, 0.30, 0.45, 0.60, 0.75, 0.90]),
-        ("cosine", [0.15, 0.222, 0.409, 0.641, 0.828, 0.90]),
-        ("exponential", [0.15, 0.247, 0.365, 0.509, 0.685, 0.90]),
-    ],
-)
-def test_mask_ratios_of_six_stacks(kind: str, expected: list[float]) -> None:
-    scheduler = MaskScheduler(kind, 0.15, 0.90)
-    assert [scheduler.ratio(d / 5) for d in range(6)] == pytest.approx(expected, abs=5e-4)
-
-
-def test_wrong_mask_schedulers_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"mask_schedule_type.*linear, cosine, exponential"):
-        MaskScheduler("power")
-    with pytest.raises(ConfigError, match="min <= max"):
-        MaskScheduler("linear", 0.9, 0.1)
-    with pytest.raises(ValueError, match="outside"):
-        MaskScheduler().ratio(-0.1)

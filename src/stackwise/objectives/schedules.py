@@ -16,7 +16,6 @@ from torch import Tensor
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
 
 KINDS = ("linear", "cosine", "exponential", "power", "table")
-RATIO_KINDS = ("linear", "cosine", "exponential")
 
 Times = TypeVar("Times", float, Tensor)
 
@@ -41,7 +40,12 @@ class NoiseSchedule:
         low: float = 0.0,
         high: float = 1.0,
     ) -> None:
-        problems = _unknown("objective.noise_schedule", kind, KINDS)
+        problems = []
+        if kind not in KINDS:
+            hint = did_you_mean(kind, KINDS)
+            problems.append(
+                Problem("objective.noise_schedule", "unknown schedule", kind, ", ".join(KINDS), hint)
+            )
         if not power > 0:
             problems.append(Problem("objective.noise_power", "not a power", power, "> 0"))
         if kind == "table":
@@ -106,39 +110,6 @@ class NoiseSchedule:
         return function(torch.tensor(t, dtype=torch.float64)).item()
 
 
-class MaskScheduler:
-    """The mask share of a stack by its place: low + (high - low) s(u), u = 0 next to the head, 1 next to the embedding.
-
-    s is u (linear), (1 - cos πu)/2 (cosine) or (e^u - 1)/(e - 1) (exponential).
-    Raises: ConfigError for an unknown kind, or bounds that are not 0 <= low <= high <= 1.
-    """
-
-    def __init__(self, kind: str = "linear", low: float = 0.0, high: float = 1.0) -> None:
-        problems = _unknown("objective.mask_schedule_type", kind, RATIO_KINDS)
-        if not 0 <= low <= high <= 1:
-            problems.append(
-                Problem(
-                    "objective.min_mask_fraction",
-                    "with objective.max_mask_fraction no range of mask shares",
-                    [low, high],
-                    "0 <= min <= max <= 1",
-                )
-            )
-        if problems:
-            raise ConfigError(problems)
-        self.kind, self.low, self.high = kind, low, high
-
-    def ratio(self, u: float) -> float:
-        """The mask share at u. Raises: ValueError outside [0, 1]."""
-        if not 0 <= u <= 1:
-            raise ValueError(f"u is {u}, outside [0, 1]")
-        if self.kind == "cosine":
-            s = (1 - math.cos(math.pi * u)) / 2
-        else:
-            s = u if self.kind == "linear" else math.expm1(u) / math.expm1(1)
-        return self.low + (self.high - self.low) * s
-
-
 class _Shape:
     """A function from [0, 1] onto [0, 1] with its slope and inverse."""
 
@@ -187,12 +158,6 @@ def _shape(kind: str, power: float, table: Sequence[float] | None) -> _Shape:
         lambda t: lines(t, knots, heights)[1],
         lambda s: lines(s, heights, knots)[0],
     )
-
-
-def _unknown(key: str, kind: str, kinds: Sequence[str]) -> list[Problem]:
-    if kind in kinds:
-        return []
-    return [Problem(key, "unknown schedule", kind, ", ".join(kinds), did_you_mean(kind, kinds))]
 
 
 def _table_problems(table: Sequence[float] | None) -> list[Problem]:
