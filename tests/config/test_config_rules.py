@@ -65,6 +65,21 @@ BROKEN = [
     ("model: {attention_preset: bert_style}", "model.attention_preset", "clm needs causal attention"),
     ("model: {short_conv: 1}", "model.short_conv", "covers no earlier token"),
     (
+        "model: {spectral_norm: true, zero_init_outputs: true}",
+        "model.zero_init_outputs",
+        "starts matrices at zero, which model.spectral_norm cannot bring to norm 1",
+    ),
+    (
+        "model: {spectral_norm: true}\ntraining: {progressive: {new_stack_init: zero}}",
+        "training.progressive.new_stack_init",
+        "starts matrices at zero",
+    ),
+    (
+        "model: {spectral_norm: true}\ntraining: {progressive: {qlora_enabled: true}}",
+        "training.progressive.qlora_enabled",
+        "would let adapters change matrices behind model.spectral_norm",
+    ),
+    (
         "model: {attention_preset: custom, attention_custom: {qk_norm: true}}",
         "model.attention_preset",
         "clm needs causal attention",
@@ -492,6 +507,20 @@ NOTED = [
     ("generation: {temperature: 0, top_k: 3}", "generation.top_k has no effect: temperature 0 is greedy"),
     ("generation: {temperature: 0, top_p: 0.5}", "generation.top_p has no effect"),
     ("generation: {temperature: 0, seed: 3}", "generation.seed has no effect"),
+    *(
+        (f"generation: {{{key}}}", f"{key.split(':')[0]} has no effect: a causal model continues token by token")
+        for key in ("sampler: remask", "steps: 3", "grid: linear", "block_length: 4", "threshold: 0.5")
+    ),
+    (
+        f"generation: {{sampler: threshold, steps: 3}}\n{BOTH_WAYS}",
+        "generation.steps has no effect: generation.sampler is threshold",
+    ),
+    (
+        f"generation: {{sampler: unroll, grid: linear}}\n{BOTH_WAYS}",
+        "generation.grid has no effect: generation.sampler is unroll",
+    ),
+    (f"generation: {{threshold: 0.5}}\n{BOTH_WAYS}", "generation.threshold has no effect: generation.sampler is conf"),
+    (f"generation: {{repetition_penalty: 2.0}}\n{BOTH_WAYS}", "generation.repetition_penalty has no effect"),
     ("model: {tie_embeddings: true}", "false lets it train at every stage"),
     ("training: {progressive: {joint_tuning: false}}", "training.progressive.joint_tuning is off"),
     ("training: {max_steps: 10, warmup_steps: 10}", "the learning rate never reaches its peak"),

@@ -193,6 +193,7 @@ PROOFS: dict[str, Proof] = {
     "model.embedding_norm": rack(True),
     "model.tie_embeddings": rack(True),
     "model.residual_gain": rack(0.5),
+    "model.spectral_norm": rack(True),
     "model.short_conv": rack(3),
     "model.zero_init_outputs": rack(True),
     "model.stacks.N.n_blocks": shape(7),

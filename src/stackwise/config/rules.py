@@ -235,6 +235,37 @@ def source_and_path_fit(config: StackWiseConfig) -> Problem | None:
     return None
 
 
+@rule(
+    "model.spectral_norm",
+    "model.zero_init_outputs",
+    "training.progressive.new_stack_init",
+    "training.progressive.qlora_enabled",
+)
+def spectral_norm_needs_matrices_of_its_own(config: StackWiseConfig) -> list[Problem]:
+    """A matrix of zeros has no direction to keep at norm 1, and adapters change a matrix behind its norm."""
+    if not config.model.spectral_norm:
+        return []
+    progressive, records = config.training.progressive, config.training.stages or ()
+    starts = [
+        ("model.zero_init_outputs", config.model.zero_init_outputs),
+        (
+            "training.progressive.new_stack_init",
+            copies_stacks(config) and progressive.new_stack_init == "zero",
+        ),
+        *(
+            (f"training.stages.{i}.grow.init", record.grow is not None and record.grow.init == "zero")
+            for i, record in enumerate(records)
+        ),
+    ]
+    message = "starts matrices at zero, which model.spectral_norm cannot bring to norm 1"
+    hint = "model.residual_gain near 0 keeps new blocks near the identity"
+    found = [Problem(key, message, hint=hint) for key, wrong in starts if wrong]
+    if progressive.qlora_enabled:
+        message = "would let adapters change matrices behind model.spectral_norm"
+        found.append(Problem("training.progressive.qlora_enabled", message, True, "false"))
+    return found
+
+
 def _custom_without_fields(config: StackWiseConfig) -> bool:
     custom = config.model.attention_custom
     return config.model.attention_preset == "custom" and not (custom and custom.model_dump(exclude_none=True))

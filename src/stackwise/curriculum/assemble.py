@@ -7,8 +7,10 @@ import torch
 from stackwise.curriculum.growth import grow
 from stackwise.curriculum.layout import Copies
 from stackwise.curriculum.stage import Stage
+from stackwise.model.init import start_spectral_norm
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
+from stackwise.model.spectral import add_spectral_norm, fold_spectral_norm
 from stackwise.precision.convert import freeze_stack, restore_full_precision, shape_stack
 
 
@@ -39,10 +41,15 @@ def realise(
     for described in spec.stacks:
         stack = next(stack for stack in rack.stacks if stack.uid == described.uid)
         stack.take_notes(described)
+        if stack.spectral and not described.spectral:
+            fold_spectral_norm(stack)
         if described.weight_format == "fp32" and stack.weight_format != "fp32":
             restore_full_precision(stack)
         elif described.weight_format != stack.weight_format:
             freeze_stack(stack, described.weight_format)
+        if described.spectral and not stack.spectral:
+            add_spectral_norm(stack)
+            start_spectral_norm(stack, seed, f"stacks.{stack.uid}.")
         _attach(rack, described, seed)
     rack.spec = spec
     return rack, copies

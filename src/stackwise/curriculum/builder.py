@@ -24,8 +24,10 @@ from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack
 from stackwise.model.describe import rack_spec, stack_blocks
 from stackwise.model.files import load_tensors, save_tensors
+from stackwise.model.init import start_spectral_norm
 from stackwise.model.rack import Rack, count_parameters
 from stackwise.model.spec import RackSpec
+from stackwise.model.spectral import add_spectral_norm
 from stackwise.precision.modes import mode_of
 
 if TYPE_CHECKING:
@@ -165,7 +167,12 @@ class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
             else:
                 grown = spec.with_stacks([new, *spec.stacks] if at_left else [*spec.stacks, new])
                 self._rack = adopt(held, grown, seed, own=own)
-        return self._rack.stacks[0 if at_left else -1]
+        arrived = self._rack.stacks[0 if at_left else -1]
+        if self.config.model.spectral_norm and stack is None:
+            add_spectral_norm(arrived)
+            start_spectral_norm(arrived, seed, f"stacks.{arrived.uid}.")
+            self._note()
+        return arrived
 
     def build_rack(self) -> Rack:
         """The current rack, the same object until the next growth. No stacks yet: ValueError."""

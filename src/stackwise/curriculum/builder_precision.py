@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stackwise.model.block import Stack
 from stackwise.model.rack import Rack
+from stackwise.model.spectral import fold_spectral_norm
 from stackwise.precision.convert import dense_tensors, freeze_stack, restore_full_precision, stack_bytes
 from stackwise.precision.manager import PrecisionManager
 from stackwise.precision.modes import frozen_format, mode_of
@@ -52,6 +53,9 @@ class BuilderPrecision:
 
     def _store(self, stack: Stack) -> None:
         """Store a stack that has just frozen in its format; the fp32 weights from before are kept in main memory."""
+        if stack.spectral:
+            fold_spectral_norm(stack)
+            self._note()
         format = stack.frozen_format or frozen_format(self.config.training.progressive, None)
         if format == stack.weight_format or stack.weight_format != "fp32":
             return

@@ -69,7 +69,8 @@ def stage_spec(config: StackWiseConfig, before: RackSpec, stage: Stage, run_form
         stacks = [_with_sets(config, stack, arrived and stack.uid != newest) for stack in stacks]
     spec = grown.with_stacks(stacks)
     units = trained_units(spec, stage)
-    return spec.with_stacks([_stored(stack, stage, units, run_format) for stack in stacks])
+    spectral = config.model.spectral_norm
+    return spec.with_stacks([_stored(stack, stage, units, run_format, spectral) for stack in stacks])
 
 
 def newcomers(before: RackSpec, grown: RackSpec) -> set[str]:
@@ -106,8 +107,9 @@ def _with_sets(config: StackWiseConfig, stack: StackSpec, is_trunk: bool) -> Sta
     return replace(stack, adapters=stack.adapters + new)
 
 
-def _stored(stack: StackSpec, stage: Stage, units: set[str], run_format: str) -> StackSpec:
-    """The stack as the stage stores it: fp32 while its matrices train, its frozen format once it has learned."""
+def _stored(stack: StackSpec, stage: Stage, units: set[str], run_format: str, spectral: bool) -> StackSpec:
+    """The stack as the stage stores it: fp32 while its matrices train, `spectral` where the config wants it, and its
+    frozen format once it has learned."""
     adapting = any(unit.startswith("lora.") and unit.endswith(f":{stack.uid}") for unit in units)
     training = any(u == f"stack:{stack.uid}" or u.startswith(f"block:{stack.uid}.") for u in units)
     if adapting and not training and not stack.trained:
@@ -118,7 +120,8 @@ def _stored(stack: StackSpec, stage: Stage, units: set[str], run_format: str) ->
             "one (new_stack_init copy), or start from a trained run (checkpoint.init_from)"
         )
     if training:
-        return replace(stack, weight_format="fp32", trained=True)
+        return replace(stack, weight_format="fp32", trained=True, spectral=spectral)
+    stack = replace(stack, spectral=False)
     if stack.weight_format != "fp32" or not stack.trained:
         return stack
     return replace(stack, weight_format=stack.frozen_format or run_format)

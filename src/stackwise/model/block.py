@@ -12,6 +12,7 @@ from stackwise.model.names import PlainNames
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
+from stackwise.model.spectral import add_spectral_norm
 from stackwise.model.time import Condition
 from stackwise.model.visibility import Visibility
 
@@ -123,7 +124,7 @@ class Stack(PlainNames):
         self.adapters: tuple[AdapterSpec, ...] = ()
         self.compute_dtype: str | None = None
         self.frozen_format: str | None = None
-        self.trained = self.adapters_only = False
+        self.trained = self.adapters_only = self.spectral = False
         self.blocks = nn.ModuleList(blocks)
         if not len(self.blocks):
             raise ValueError("a stack needs at least one block")
@@ -135,10 +136,12 @@ class Stack(PlainNames):
 
     @classmethod
     def from_spec(cls, spec: StackSpec, stack_id: int) -> Stack:
-        """The plain fp32 modules of a description; `curriculum.assemble` adds its format and adapters."""
+        """The fp32 modules of a description; `curriculum.assemble` adds its format and adapters."""
         blocks = [Block(block) for block in spec.blocks]
         stack = cls(blocks, stack_id, uid=spec.uid, build_index=spec.build_index)
         stack.take_notes(spec)
+        if spec.spectral:
+            add_spectral_norm(stack)
         return stack
 
     def take_notes(self, spec: StackSpec) -> None:
@@ -159,6 +162,7 @@ class Stack(PlainNames):
             self.frozen_format,
             self.trained,
             self.adapters_only,
+            self.spectral,
         )
 
     @property

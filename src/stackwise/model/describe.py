@@ -90,7 +90,9 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
     return RackSpec(
         vocab_size=model.vocab_size,
         d_model=model.d_model,
-        stacks=tuple(StackSpec(f"s{i}", blocks, i) for i, blocks in enumerate(built)),
+        stacks=tuple(
+            StackSpec(f"s{i}", blocks, i, spectral=model.spectral_norm) for i, blocks in enumerate(built)
+        ),
         tail=tail,
         max_seq_len=model.max_seq_len,
         positions=model.positions,

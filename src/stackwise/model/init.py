@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.spec import RackSpec
+from stackwise.model.spectral import SpectralLinear
 
 
 def keyed_generator(seed: int, *key: object) -> torch.Generator:
@@ -89,3 +90,12 @@ def init_weights(module: nn.Module, start: Start, *, prefix: str = "", zero_outp
             continue  # a rack that is only counted holds no numbers
         zero = zero_outputs or any(name.startswith(path) for path in zeroed)
         init_tensor(prefix + name, parameter, start, zero_output=zero)
+    start_spectral_norm(module, start.seed, prefix)
+
+
+def start_spectral_norm(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Let the normalised layers below `module` find the norms of their matrices; `prefix` as in `init_weights`."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, SpectralLinear) and not layer.weight.is_meta:
+            generator = keyed_generator(seed, f"{prefix}{path}.space")
+            layer.restart(torch.randn(layer.space.shape, generator=generator))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ from stackwise.model.modes import autocast_to
 from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
 from stackwise.model.spec import RackSpec
+from stackwise.model.spectral import fold_spectral_norm, follow_weights
 from stackwise.model.time import Condition, TimeInput
 from stackwise.model.visibility import Visibility
+
+if TYPE_CHECKING:
+    from stackwise.inference.denoise import Denoised
 
 
 class Runner(Protocol):
@@ -235,6 +240,8 @@ class Rack(PlainNames):
         context = self.make_context(
             input_ids, attention_mask, position_ids, document_ids, cache, time_step=time_step
         )
+        if self.training and torch.is_grad_enabled():
+            self.follow_weights()
         start, stop = self.span
         blocks = max(start, prefix - 1)
         with torch.no_grad() if prefix else nullcontext():
@@ -243,6 +250,16 @@ class Rack(PlainNames):
         x_BTD = self.run(x_BTD, context, blocks, stop, cache)
         hidden: Tensor = self.norm(x_BTD)
         return hidden
+
+    def follow_weights(self) -> None:
+        """Bring the norms of normalised matrices up to date; a pass in train mode begins with it."""
+        follow_weights(self.stacks)
+
+    def fold_spectral_norm(self) -> None:
+        """Make all normalised matrices plain ones that compute the same."""
+        for stack in self.stacks:
+            fold_spectral_norm(stack)
+        self.spec = self.spec.with_stacks([replace(stack, spectral=False) for stack in self.spec.stacks])
 
     def run(
         self,
@@ -370,3 +387,9 @@ class Rack(PlainNames):
         from stackwise.inference.generate import generate
 
         return generate(self, input_ids, **options)
+
+    def denoise(self, input_ids: Tensor, *, mask_id: int, **options: Any) -> Denoised:
+        """Fill the mask tokens of ids [B, T]; see `stackwise.inference.denoise.denoise_rack` for the options."""
+        from stackwise.inference.denoise import denoise_rack
+
+        return denoise_rack(self, input_ids, mask_id=mask_id, **options)

@@ -152,6 +152,8 @@ class ModelSettings(Settings):
     """Use the embedding matrix as the head. null: false under an enabled append curriculum, so that the head can train at every stage, else true."""
     residual_gain: UnitFloat | None = None
     """Factor on what each sub-layer adds to the residual stream. null: no factor."""
+    spectral_norm: Flag = False
+    """Divide every matrix of a stack by its largest singular value while the stack trains, which bounds what a block can change; folded into plain weights where it freezes and at the end of the run."""
     short_conv: NonNegativeInt = 0
     """Tokens covered by a causal depthwise convolution on the input of attention and feed-forward, 0 or 2 and more; 0 is off. A few parameters that pay well on character and byte models."""
     zero_init_outputs: Flag = False

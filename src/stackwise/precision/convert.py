@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stackwise.model.block import Stack
 from stackwise.model.linear import Linear
 from stackwise.model.spec import StackSpec
+from stackwise.model.spectral import SpectralLinear, fold_spectral_norm
 from stackwise.precision.formats import format_of
 from stackwise.precision.frozen_linear import WAYS_OUT, FrozenLinear
 
@@ -39,13 +40,16 @@ def _places(module: nn.Module, prefix: str = "") -> Iterator[Place]:
         yield from _places(child, f"{name}.")
 
 
+_CONVERTED = (nn.Linear, Linear, SpectralLinear, FrozenLinear)
+
+
 def linear_layers(stack: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that a format applies to, frozen ones included, by the names of the plain fp32 stack."""
     return {place.name: place.module for place in _linear_places(stack)}  # type: ignore[misc]
 
 
 def _linear_places(stack: nn.Module) -> list[Place]:
-    return [place for place in _places(stack) if type(place.module) in (nn.Linear, Linear, FrozenLinear)]
+    return [place for place in _places(stack) if type(place.module) in _CONVERTED]
 
 
 @torch.no_grad()
@@ -55,6 +59,7 @@ def freeze_stack(stack: Stack, format: str) -> None:
     Gradients are dropped, the stack is in eval mode. A stack that is stored in another format already: ValueError, for
     what the first rounding took cannot be had back from it. fp32 stores it as it is.
     """
+    fold_spectral_norm(stack)
     _convert(stack, format, FrozenLinear.of)
     stack.freeze_all()
     for parameter in stack.parameters():
@@ -82,7 +87,8 @@ def _convert(stack: Stack, format: str, make: Callable[[nn.Linear, str], FrozenL
 
 @torch.no_grad()
 def dense_tensors(stack: Stack) -> dict[str, Tensor]:
-    """The stack's tensors under the names of the plain fp32 stack: matrices unpacked, adapters left out.
+    """The stack's tensors under the names of the plain fp32 stack: matrices unpacked or divided by their norms,
+    adapters left out.
 
     What is stored in fp32 is given as it is, not copied. Taken before `freeze_stack`, this is the full-precision copy
     that `restore_full_precision` puts back.
@@ -91,6 +97,9 @@ def dense_tensors(stack: Stack) -> dict[str, Tensor]:
     for place in _places(stack):
         if isinstance(place.module, FrozenLinear):
             tensors[f"{place.name}.weight"] = place.module.weight
+        elif isinstance(place.module, SpectralLinear):
+            tensors |= place.module.plain_tensors(f"{place.name}.")
+            continue
         else:
             own = place.module.named_buffers(recurse=False)
             skipped = place.module._non_persistent_buffers_set

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stackwise.model.block import Stack
 from stackwise.model.linear import Linear
+from stackwise.model.spectral import SpectralLinear
 from stackwise.precision.base import Format
 from stackwise.precision.convert import linear_layers
 from stackwise.precision.formats import format_of
@@ -46,5 +47,5 @@ def fake_quantise(stack: Stack, format: str | None) -> None:
     """
     rounding = None if format in (None, "fp32") else Rounding(format or "")
     for layer in linear_layers(stack).values():
-        if type(layer) is Linear:
+        if isinstance(layer, Linear) and type(layer) in (Linear, SpectralLinear):
             layer.rounding = rounding

@@ -13,6 +13,7 @@ from stackwise.config.errors import show
 from stackwise.config.root import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.model.rack import Rack
+from stackwise.model.spectral import plain_tensors
 from stackwise.precision.convert import restore_full_precision
 from stackwise.tracking.folder import RunFolder, RunFolderError
 from stackwise.training import state
@@ -53,7 +54,8 @@ class OpenRun:
             return
         tensors = Store(self.folder.store).load(self.commit, state.full_precision_part(uid))
         prefix = f"stacks.{uid}."
-        restore_full_precision(stack, {name.removeprefix(prefix): t for name, t in tensors.items()})
+        plain = plain_tensors({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        restore_full_precision(stack, plain)
         stacks = [s.spec for s in self.rack.stacks]
         self.rack.spec = self.rack.spec.with_stacks(stacks)
 
