@@ -24,6 +24,7 @@ class Known:
 
     mask_id = MASK
     intervals: Intervals | None = Intervals.linear(T)
+    shifted = False
 
     def __init__(self, joint: Tensor) -> None:
         self.forwards = 0
@@ -180,6 +181,7 @@ class Wide:
 
     mask_id = MASK
     intervals: Intervals | None = None
+    shifted = False
     forwards = 0
 
     def logits(self, input_ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
@@ -202,6 +204,12 @@ def test_confidence_keeps_as_many_masked_as_the_grid_says(grid: str) -> None:
     assert share_left(grid, 1.0) == 0.0, "exactly, or one position would stay masked"
 
 
+def test_equal_steps_are_equal_whatever_the_rounding() -> None:
+    seen: list[Tensor] = []
+    denoise(Wide(), masks(1, 100), steps=10, grid="linear", on_step=seen.append)
+    assert counts(seen) == [[n] for n in range(90, -1, -10)]
+
+
 def test_the_surest_positions_come_first_and_blocks_from_the_left() -> None:
     seen: list[Tensor] = []
     denoise(Wide(), masks(1, 4), steps=4, grid="linear", on_step=seen.append)
@@ -209,7 +217,8 @@ def test_the_surest_positions_come_first_and_blocks_from_the_left() -> None:
     seen.clear()
     denoise(Wide(), masks(1, 4), steps=4, grid="linear", block_length=2, on_step=seen.append)
     hidden = [(ids[0] == MASK).nonzero().flatten().tolist() for ids in seen]
-    assert hidden == [[0, 2, 3], [2, 3], [2], []]
+    assert hidden == [[0, 2, 3], [2, 3], [2], []], "the blocks share the steps"
+    assert denoise(Wide(), masks(1, 12), steps=6, grid="linear", block_length=4).forwards == 6
 
 
 def test_blocks_count_the_gaps_of_each_row() -> None:
@@ -302,14 +311,19 @@ def test_the_result_says_what_it_took() -> None:
     assert str(one) == "sampler threshold, 1 step, block 8, seed 0, 1 forward pass"
 
 
-def test_gumbel_noise_keeps_rare_tokens_as_likely_as_they_are() -> None:
+def test_gumbel_noise_keeps_rare_tokens_as_likely_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     rare = 2e-4
     logits = torch.tensor([[rare, 1 - rare]], dtype=torch.float64).log().expand(200_000, 2)
     drawn = int((gumbel_max(logits, generator) == 0).sum())
     assert abs(drawn - 40) < 4 * math.sqrt(40)
-    noise = torch.zeros(2_000_000, 1, dtype=torch.float64)
-    assert gumbel_max(noise, generator).dtype == torch.int64
+    kinds: list[Any] = []
+    rand = torch.rand
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **given: kinds.append(given["dtype"]) or rand(*size, **given)
+    )
+    gumbel_max(logits[:1].float(), generator)
+    assert kinds == [torch.float64]
 
 
 def test_certainty_and_choice_of_positions() -> None:

@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stackwise.cli.denoise import (
+    BlockLength,
+    Grid,
+    Sampler,
+    Steps,
+    Threshold,
+    Watch,
+    fill_gaps,
+    refuse_options,
+)
 from stackwise.cli.errors import UsageError
 from stackwise.cli.options import Run, Threads, find_run
 from stackwise.config.errors import ConfigError
@@ -57,7 +67,7 @@ def generate(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to continue; - reads it from standard input. Without it: `tracking.sample_prompt` of the run.",
+            help="What to continue or fill; - reads it from standard input. Without it: `tracking.sample_prompt` of the run.",
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
@@ -68,12 +78,22 @@ def generate(
     stop: Stop = None,
     seed: Seed = None,
     greedy: Greedy = False,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    grid: Grid = None,
+    block_length: BlockLength = None,
+    threshold: Threshold = None,
+    watch: Watch = False,
     threads: Threads = None,
 ) -> None:
-    """Continue a prompt with the model of a run, as it comes.
+    """Continue a prompt with the model of a run, or fill the gaps of a text.
 
     The prompt is printed first. Options that are not given are those of the run's configuration (`generation.*`).
     A run that is still training can be read: its newest checkpoint is used.
+
+    A model trained by masked diffusion (or mlm) continues a prompt by masked tokens, which it fills in any order. In a
+    text with gaps, [MASK] for one token and [MASK:12] for twelve, it fills those. What it took is told on standard
+    error.
 
     \b
     Examples:
@@ -81,6 +101,7 @@ def generate(
       stackwise generate demo -p 'import ' -n 500 -t 0.7 --top-p 0.95 --seed 3
       stackwise generate demo -p 'class ' --greedy --stop $'\\n\\n'
       head -c 200 my.txt | stackwise generate mine --prompt -
+      stackwise generate diffused -p 'def [MASK:20]:' --sampler threshold --threshold 0.8 --watch
     """
     path = find_run(run)
     text = _from_stdin() if prompt == "-" else prompt
@@ -95,12 +116,21 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop,
         "seed": seed,
+        "sampler": sampler,
+        "steps": steps,
+        "grid": grid,
+        "block_length": block_length,
+        "threshold": threshold,
     }
+    start = opened.config.tracking.sample_prompt if text is None else text
+    refuse_options(opened, options, watch, start)
     settings = sampling(opened, options, greedy)
+    rack = on_best_device(opened)
+    if not rack.is_causal:
+        fill_gaps(opened, start, settings, watch)
+        return
     from stackwise.inference.text import complete
 
-    start = opened.config.tracking.sample_prompt if text is None else text
-    rack = on_best_device(opened)
     write = writer()
     opened.tokenizer.encode(start)  # a character that it lacks is told before anything is printed
     write(start)

@@ -23,6 +23,7 @@ from stackwise.cli import (
     config,
     data,
     demo,
+    encoder,
     evaluate,
     generate,
     info,
@@ -94,8 +95,10 @@ app.command("demo", short_help="Watch a small model grow on real text, in two mi
 app.command("train", short_help="Train as a configuration says.")(train.train)
 app.command("merge", short_help="Unite stacks that were trained independently.")(merge.merge)
 app.command("plan", short_help="Show the stages of a run and what they cost.")(plan.plan)
-app.command("generate", short_help="Continue a prompt.")(generate.generate)
+app.command("generate", short_help="Continue a prompt, or fill the gaps of a text.")(generate.generate)
 app.command("chat", short_help="Continue one prompt after another.")(chat.chat)
+app.command("fill", short_help="Show likely tokens for the gaps of a text.")(encoder.fill)
+app.command("embed", short_help="Turn texts into vectors.")(encoder.embed)
 app.command("eval", short_help="Measure a run on its held-out text.")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.command("report", short_help="Build the report of a run again.")(report.report)

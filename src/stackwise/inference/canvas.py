@@ -21,6 +21,8 @@ class Predictor(Protocol):
 
     mask_id: int
     intervals: Intervals | None
+    shifted: bool
+    """Whether a token is predicted at the position before it, so that the first of a row cannot be."""
     forwards: int
 
     def logits(
@@ -60,13 +62,13 @@ class Canvas:
         self.generator = torch.Generator(input_ids.device).manual_seed(seed)
         self.steps = 0
         self._on_step = on_step
-        self._attention = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+        self.attention_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         real = torch.ones_like(self.ids, dtype=torch.bool) if attention_mask is None else attention_mask
         self.gaps = (self.ids == predictor.mask_id) & real
         """bool [B, T]: the positions to fill, as they were given."""
         self.n_real = real.sum(1)
         """int64 [B]: tokens of each row that are no padding."""
-        self.position_ids = None if self._attention is None else (real.long().cumsum(1) - 1).clamp_min(0)
+        self.position_ids = None if self.attention_mask is None else (real.long().cumsum(1) - 1).clamp_min(0)
 
     def masked(self, among_BT: Tensor) -> Tensor:
         """bool [B, T]: the positions of `among_BT` that are not filled."""
@@ -85,7 +87,7 @@ class Canvas:
         logits = self.predictor.logits(
             self.ids[rows],
             at_BT[rows].flatten().nonzero().squeeze(1),
-            attention_mask=of(self._attention),
+            attention_mask=of(self.attention_mask),
             position_ids=of(self.position_ids),
             shares=of(shares_B),
         )

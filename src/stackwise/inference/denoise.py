@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from stackwise.config.errors import did_you_mean
 from stackwise.inference.canvas import Canvas, Predictor
 from stackwise.inference.samplers import SAMPLERS
+from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
+from stackwise.objectives.denoiser import Denoiser
 
 GRIDS = ("cosine", "linear")
 
@@ -83,6 +86,7 @@ def denoise(
         raise ValueError(
             f"input_ids must be [rows, tokens] with at least one row, got {list(input_ids.shape)}"
         )
+    input_ids = input_ids.long()
     mask = _checked_mask(input_ids, attention_mask, max_new_tokens)
     if max_new_tokens:
         rows = input_ids.shape[0]
@@ -112,6 +116,32 @@ def denoise(
         f"the sampler {sampler} has changed the prompt"
     )
     return Denoised(canvas.ids, sampler, canvas.steps, block_length, seed, predictor.forwards - before)
+
+
+def denoise_rack(
+    rack: Rack,
+    input_ids: Tensor,
+    *,
+    mask_id: int,
+    banned: Collection[int] = (),
+    shifted: bool = False,
+    **options: Any,
+) -> Denoised:
+    """`denoise` with all stacks of a rack: the mask tokens `mask_id` of `input_ids` [B, T] are filled.
+
+    `banned`: further ids that are never drawn; `shifted`: the rack predicts each token at the position before it, as
+    one that was causal does. The rack runs in eval mode, without gradients, and is left as it was. A rack whose stacks
+    own intervals of noise is sampled with `denoise(denoiser_of(rack, config), ...)`.
+
+    Raises: ValueError for a causal rack, IndexError for a `mask_id` outside the vocabulary; what `denoise` raises.
+    """
+    needs_both_directions(rack)
+    rack._check_ids(input_ids)
+    if not 0 <= mask_id < rack.spec.vocab_size:
+        raise IndexError(f"mask_id {mask_id} is outside the vocabulary of {rack.spec.vocab_size}")
+    denoiser = Denoiser(rack, mask_id, banned=tuple(banned), shifted=shifted)
+    with eval_mode(rack):
+        return denoise(denoiser, input_ids.to(rack.device), **options)
 
 
 def needs_both_directions(rack: Rack) -> None:

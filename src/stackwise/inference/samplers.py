@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stackwise.inference.canvas import Canvas, certainty, highest
+from stackwise.inference.canvas import Canvas, certainty, finite, highest
+from stackwise.objectives.denoiser import Denoiser
 
 SLACK = 1e-9
 """Products of shares and counts that are whole numbers but for rounding count as whole."""
@@ -54,7 +55,7 @@ def confidence(canvas: Canvas, open_BT: Tensor, *, steps: int, grid: str) -> Non
         reveal = masked.sum(1) - _kept(total, share_left(grid, i / steps))
         at = masked & (reveal > 0)[:, None]
         if bool(at.any()):
-            _fill_surest(canvas, at, reveal)
+            _fill_surest(canvas, at, reveal, canvas.logits(at))
 
 
 def threshold(canvas: Canvas, open_BT: Tensor, *, threshold: float) -> None:
@@ -102,12 +103,42 @@ def unroll(canvas: Canvas, open_BT: Tensor) -> None:
         raise ValueError(NO_INTERVALS)
     for distance in reversed(range(intervals.count)):
         low, high = intervals.of(distance)
-        masked = canvas.masked(open_BT)
-        reveal = masked.sum(1) - (canvas.n_real.double() * low + SLACK).floor().long()
-        at = masked & (reveal > 0)[:, None]
-        if bool(at.any()):
+        masked, reveal = _above(canvas, open_BT, low)
+        if bool(masked.any()):
             shares = torch.full_like(canvas.n_real, high, dtype=torch.float64)
-            _fill_surest(canvas, at, reveal, shares)
+            _fill_surest(canvas, masked, reveal, canvas.logits(masked, shares))
+
+
+def stream(canvas: Canvas, open_BT: Tensor) -> None:
+    """As `unroll`, in one pass through the stacks: each runs once, on what the one before it has left.
+
+    After the stack of an interval the head reads the states, the surest positions are filled and embedded anew, and
+    the states of all others are handed on. It costs as much as one pass of the whole rack and is the less exact form:
+    `unroll` lets each pass begin at the embedding, as in training.
+    """
+    denoiser = canvas.predictor
+    if not isinstance(denoiser, Denoiser) or denoiser.intervals is None:
+        raise ValueError(NO_INTERVALS)
+    rack, last = denoiser.rack, len(denoiser.rack.stacks) - 1
+    context = rack.make_context(canvas.ids, canvas.attention_mask, canvas.position_ids)
+    x_BTD = rack.embed(canvas.ids, context)
+    begun_B = torch.zeros_like(open_BT[:, 0])
+    denoiser.forwards += 1
+    end = 0
+    for position, stack in enumerate(rack.stacks):
+        start, end = end, end + len(stack.blocks)
+        masked, reveal = _above(canvas, open_BT, denoiser.intervals.of(last - position)[0])
+        begun_B |= masked.any(1)
+        if not bool(begun_B.any()):
+            continue
+        x_BTD = torch.where(begun_B[:, None, None], rack.run(x_BTD, context, start, end), x_BTD)
+        if bool(masked.any()):
+            hidden = x_BTD
+            if denoiser.path != "alone":
+                hidden = rack.run(hidden, context, len(rack.blocks()) - len(rack.tail))
+            logits = finite(denoiser.read(rack.norm(hidden), masked.flatten().nonzero().squeeze(1)))
+            chosen = _fill_surest(canvas, masked, reveal, logits)
+            x_BTD = torch.where(chosen[:, :, None], rack.embed(canvas.ids, context), x_BTD)
 
 
 NO_INTERVALS = (
@@ -121,6 +152,7 @@ SAMPLERS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "threshold": (threshold, ("threshold",)),
     "remask": (remask, ("steps", "grid")),
     "unroll": (unroll, ()),
+    "stream": (stream, ()),
 }
 """Name -> the sampler, and the options it reads."""
 
@@ -129,8 +161,16 @@ def _kept(total_B: Tensor, share: float) -> Tensor:
     return (total_B.double() * share - SLACK).ceil().long().clamp_min(0)
 
 
-def _fill_surest(canvas: Canvas, at_BT: Tensor, counts_B: Tensor, shares_B: Tensor | None = None) -> None:
-    logits = canvas.logits(at_BT, shares_B)
+def _above(canvas: Canvas, open_BT: Tensor, low: float) -> tuple[Tensor, Tensor]:
+    """The masked positions of rows with more than a share `low` of masks, and how many are to be filled [B]."""
+    masked = canvas.masked(open_BT)
+    reveal = masked.sum(1) - (canvas.n_real.double() * low + SLACK).floor().long()
+    return masked & (reveal > 0)[:, None], reveal
+
+
+def _fill_surest(canvas: Canvas, at_BT: Tensor, counts_B: Tensor, logits: Tensor) -> Tensor:
+    """Fill `counts_B` of the positions `at_BT`, whose logits [n, V] are given -> bool [B, T], those filled."""
     chosen = highest(certainty(logits), at_BT, counts_B)
     canvas.fill(chosen, logits[chosen[at_BT]])
     canvas.end_step()
+    return chosen

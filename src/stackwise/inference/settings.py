@@ -1,5 +1,7 @@
 """Settings of generation."""
 
+from typing import Literal
+
 from stackwise.config.base import Settings
 from stackwise.config.types import (
     NonNegativeFloat,
@@ -8,6 +10,7 @@ from stackwise.config.types import (
     PositiveInt,
     Seed,
     Text,
+    UnitFloat,
     UpToOne,
 )
 
@@ -29,3 +32,13 @@ class GenerationSettings(Settings):
     """Texts that end the continuation."""
     seed: Seed = 0
     """Seed of the sampling."""
+    sampler: Literal["ancestral", "confidence", "threshold", "remask", "unroll", "stream"] = "confidence"
+    """How a model that sees both directions fills masked positions. ancestral: at random, as the noise run backwards; confidence: the surest first; threshold: all that are sure enough; remask: fill everything, then mask the least likely again; unroll: one pass per stack's interval of noise; stream: the same in a single pass through the stacks."""
+    steps: PositiveInt = 64
+    """Steps of ancestral, confidence and remask; those that fill nothing cost nothing."""
+    grid: Literal["cosine", "linear"] = "cosine"
+    """Share of masked positions over the steps. cosine: few are filled at first, while little is known; linear: the same number in each."""
+    block_length: PositiveInt | None = None
+    """Fill in blocks of so many positions, from left to right, each whole before the next. null: all at once."""
+    threshold: UnitFloat = 0.9
+    """Probability above which the threshold sampler fills a position; the surest is filled in any case."""
