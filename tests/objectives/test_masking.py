@@ -19,7 +19,7 @@ def samples(n: int) -> tuple[Tensor, Tensor]:
 def test_eligible_are_the_tokens_that_are_neither_special_nor_padding() -> None:
     ids = torch.tensor([[1, 5, 2, 6, 0, 0]], dtype=torch.int32)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
-    assert eligible_positions(ids, mask, [0, 2]).tolist() == [[True, True, False, True, False, False]]
+    assert eligible_positions(ids, mask, [2]).tolist() == [[True, True, False, True, True, False]]
     assert eligible_positions(ids, None, torch.tensor([1])).tolist() == [[False] + [True] * 5]
     assert eligible_positions(ids, None, ()).all()
 
