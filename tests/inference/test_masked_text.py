@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stackwise.data.tokenizers import ByteTokenizer, CharTokenizer
 from stackwise.inference.encoder import cosines, embed, fill
+from stackwise.inference.errors import AskedError
 from stackwise.inference.masked_text import Piece, encode_gaps, gaps_in, infill, pieces_of
 from stackwise.inference.settings import GenerationSettings
 
@@ -56,7 +57,7 @@ def test_a_gap_is_one_token_or_as_many_as_it_says() -> None:
     assert encode_gaps(CHARACTERS, "a[MASK]b[MASK:3]", MASK) == [0, MASK, 1, MASK, MASK, MASK]
     assert encode_gaps(CHARACTERS, "", MASK) == []
     assert gaps_in("a[MASK]b[MASK:3] [MASK:] [mask]") == 2
-    with pytest.raises(ValueError, match=r"\[MASK:0\] is empty"):
+    with pytest.raises(AskedError, match=r"\[MASK:0\] is empty"):
         encode_gaps(CHARACTERS, "a[MASK:0]", MASK)
     with pytest.raises(ValueError, match="'z'"):
         encode_gaps(CHARACTERS, "a[MASK]z", MASK)
@@ -156,13 +157,40 @@ def test_a_shifted_model_begins_after_a_token_that_is_not_shown() -> None:
     assert set(model.first) == {CHARACTERS.encode("h")[0]}
 
 
-def test_texts_that_are_too_long_say_what_would_fit() -> None:
-    with pytest.raises(
-        ValueError,
-        match="2 tokens of text and 9 new ones are 11, more than max_seq_len = 8; ask for at most 6",
-    ):
-        infill(Alphabet(), CHARACTERS, "aa", settings(max_new_tokens=9), max_length=8)
-    with pytest.raises(ValueError, match="has 9 tokens, more than max_seq_len = 8"):
+def test_a_continuation_beyond_the_context_goes_on_behind_its_newer_half() -> None:
+    seen: list[list[Piece]] = []
+
+    class Seen(Alphabet):
+        rows: list[list[int]] = []
+
+        def logits(self, input_ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
+            self.rows.append(input_ids[0].tolist())
+            return super().logits(input_ids, positions)
+
+    model = Seen()
+    one = settings(max_new_tokens=11, steps=1)
+    done = infill(model, CHARACTERS, "hg", one, max_length=6, on_step=seen.append)
+    assert done.text == "hg" + "cdef" + "def" + "def" + "d"
+    new = [MASK] * 3
+    assert model.rows == [[7, 6] + [MASK] * 4, [3, 4, 5, *new], [3, 4, 5, *new], [3, 4, 5, MASK]]
+    assert (done.result.forwards, done.result.steps) == (4, 4)
+    assert done.result.ids.shape == (1, 13)
+    assert [sum(p.tokens for p in pieces if p.kind == "masked") for pieces in seen] == [11, 7, 4, 1, 0]
+    assert infill(model, CHARACTERS, "hgfedcbah", one, max_length=6).text[:12] == "hgfedcbah" + "def"
+    model.rows.clear()
+    stopped = settings(max_new_tokens=50, steps=1, stop=["e"])
+    assert infill(model, CHARACTERS, "hg", stopped, max_length=6).text == "hgcd"
+    assert len(model.rows) == 1, "what comes after the end is not computed"
+
+
+def test_every_window_has_random_numbers_of_its_own() -> None:
+    done = infill(Alphabet(), CHARACTERS, "", GenerationSettings(max_new_tokens=400), max_length=8).text
+    windows = {done[i : i + 4] for i in range(8, 400, 4)}
+    assert len(windows) > 10
+
+
+def test_a_text_with_gaps_must_fit() -> None:
+    with pytest.raises(AskedError, match="has 9 tokens, more than max_seq_len = 8"):
         infill(Alphabet(), CHARACTERS, "a[MASK:8]", settings(), max_length=8)
 
 
@@ -184,11 +212,11 @@ def test_candidates_are_the_likeliest_of_each_gap() -> None:
     model = Alphabet()
     assert len(fill(model, CHARACTERS, "[MASK]", top=50, max_length=8)[0]) == 3, "what cannot come is none"
     assert model.forwards == 1
-    with pytest.raises(ValueError, match=r"write \[MASK\]"):
+    with pytest.raises(AskedError, match=r"write \[MASK\]"):
         fill(model, CHARACTERS, "abc", max_length=8)
-    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+    with pytest.raises(AskedError, match="top must be at least 1, got 0"):
         fill(model, CHARACTERS, "[MASK]", top=0, max_length=8)
-    with pytest.raises(ValueError, match="9 tokens, more than max_seq_len = 8"):
+    with pytest.raises(AskedError, match="9 tokens, more than max_seq_len = 8"):
         fill(model, CHARACTERS, "[MASK:9]", max_length=8)
 
 
@@ -199,11 +227,11 @@ def test_a_vector_is_the_mean_over_the_real_tokens_whatever_the_batch() -> None:
     torch.testing.assert_close(vectors, torch.tensor(expected))
     for size in (1, 3):
         assert torch.equal(embed(Tokens(), CHARACTERS, texts, max_length=8, batch_size=size), vectors)
-    with pytest.raises(ValueError, match="'' has no tokens"):
+    with pytest.raises(AskedError, match="'' has no tokens"):
         embed(Tokens(), CHARACTERS, ["a", ""], max_length=8)
-    with pytest.raises(ValueError, match="'abcdefgha' has 9 tokens, more than max_seq_len = 8"):
+    with pytest.raises(AskedError, match="'abcdefgha' has 9 tokens, more than max_seq_len = 8"):
         embed(Tokens(), CHARACTERS, ["abcdefgha"], max_length=8)
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(AskedError, match="no text"):
         embed(Tokens(), CHARACTERS, [], max_length=8)
 
 

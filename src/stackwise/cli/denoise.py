@@ -80,7 +80,7 @@ def fill_gaps(opened: OpenRun, text: str, settings: GenerationSettings, watch: b
     rack = opened.rack
     with eval_mode(rack), _shown(watch) as on_step:
         done = infill(
-            denoiser_of(rack, opened.config),
+            denoiser_of(rack, opened.config, opened.tokenizer.special_ids),
             opened.tokenizer,
             text,
             settings,

@@ -116,4 +116,4 @@ def _denoiser(opened: OpenRun, verb: str) -> Any:
             f"`stackwise {verb}` needs a model that sees both directions, and that of this run is causal; "
             "`stackwise generate` continues a text with it"
         )
-    return denoiser_of(on_best_device(opened), opened.config)
+    return denoiser_of(on_best_device(opened), opened.config, opened.tokenizer.special_ids)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stackwise.config.errors import did_you_mean
 from stackwise.inference.canvas import Canvas, Predictor
+from stackwise.inference.errors import AskedError
 from stackwise.inference.samplers import SAMPLERS
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
@@ -81,7 +82,7 @@ def denoise(
         max_new_tokens, sampler, steps, grid, block_length, threshold, temperature, top_k, top_p
     )
     if problems:
-        raise ValueError("; ".join(problems))
+        raise AskedError("; ".join(problems))
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
         raise ValueError(
             f"input_ids must be [rows, tokens] with at least one row, got {list(input_ids.shape)}"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stackwise.inference.canvas import Predictor, finite
-from stackwise.inference.masked_text import encode_gaps, gaps_in
+from stackwise.inference.errors import AskedError
+from stackwise.inference.masked_text import check_length, encode_gaps, gaps_in
 from stackwise.inference.text import Codec
 
 
@@ -47,14 +48,14 @@ def fill(
     """The `top` likeliest tokens for every masked position of a text, the likeliest first.
 
     Each position is judged by itself, in one pass of the model that sees all gaps as gaps. Probabilities are computed
-    in float64. Raises: ValueError for a text without a gap or longer than `max_length` tokens, and for `top` below 1.
+    in float64. Raises: AskedError for a text without a gap or longer than `max_length` tokens, and for `top` below 1.
     """
     if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+        raise AskedError(f"top must be at least 1, got {top}")
     if not gaps_in(text):
-        raise ValueError("the text has no gap; write [MASK] where a token is missing")
+        raise AskedError("the text has no gap; write [MASK] where a token is missing")
     ids = encode_gaps(tokenizer, text, predictor.mask_id)
-    _check_length(len(ids), max_length, "the text")
+    check_length(len(ids), max_length, "the text")
     rows = torch.tensor([ids], dtype=torch.int64, device=device)
     places = (rows[0] == predictor.mask_id).nonzero().squeeze(1)
     with torch.no_grad():
@@ -82,16 +83,16 @@ def embed(
 ) -> Tensor:
     """One vector per text, float32 [n, D]: the mean of the final hidden states of its tokens.
 
-    Texts are run in batches, padded on the right; padding has no part in the mean. Raises: ValueError for no text, a
+    Texts are run in batches, padded on the right; padding has no part in the mean. Raises: AskedError for no text, a
     text without tokens or with more than `max_length`; what the tokenizer raises for text that it cannot spell.
     """
     rows = [tokenizer.encode(text) for text in texts]
     if not rows:
-        raise ValueError("there is no text to embed")
+        raise AskedError("there is no text to embed")
     for text, tokens in zip(texts, rows, strict=True):
         if not tokens:
-            raise ValueError(f"the text {text!r} has no tokens, and no mean")
-        _check_length(len(tokens), max_length, f"the text {text[:40]!r}")
+            raise AskedError(f"the text {text!r} has no tokens, and no mean")
+        check_length(len(tokens), max_length, f"the text {text[:40]!r}")
     vectors = []
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
@@ -111,8 +112,3 @@ def cosines(vectors: Tensor) -> Tensor:
     """Cosine similarity of every two rows, [n, D] -> float64 [n, n]."""
     unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
     return unit @ unit.T
-
-
-def _check_length(length: int, limit: int, what: str) -> None:
-    if length > limit:
-        raise ValueError(f"{what} has {length} tokens, more than max_seq_len = {limit}; shorten it")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stackwise.inference.canvas import Predictor
 from stackwise.inference.denoise import Denoised, denoise
+from stackwise.inference.errors import AskedError
 from stackwise.inference.settings import GenerationSettings
 from stackwise.inference.text import Codec
 
@@ -47,14 +48,14 @@ def gaps_in(text: str) -> int:
 def encode_gaps(tokenizer: Codec, text: str, mask_id: int) -> list[int]:
     """Token ids of a text with gaps. The parts between gaps are encoded each by itself.
 
-    Raises: ValueError for a gap of length 0; what the tokenizer raises for text that it cannot spell.
+    Raises: AskedError for a gap of length 0; what the tokenizer raises for text that it cannot spell.
     """
     ids: list[int] = []
     end = 0
     for gap in GAP.finditer(text):
         length = 1 if gap[1] is None else int(gap[1])
         if length < 1:
-            raise ValueError(f"the gap {gap[0]} is empty; give it a length of at least 1")
+            raise AskedError(f"the gap {gap[0]} is empty; give it a length of at least 1")
         ids += tokenizer.encode(text[end : gap.start()]) + [mask_id] * length
         end = gap.end()
     return ids + tokenizer.encode(text[end:])
@@ -106,36 +107,67 @@ def infill(
     """Fill the gaps of a text, or where it has none continue it by `settings.max_new_tokens` tokens.
 
     A continuation ends before a stop string of `settings` and at the tokenizer's end-of-text token; what is given, and
-    what stands in a gap, is never cut. `on_step` gets the text so far before the first step and after each one.
+    what stands in a gap, is never cut. One that grows beyond `max_length` tokens goes on, each time the model's context
+    is full, behind the newer half of it. `on_step` gets the text so far before the first step and after each one.
 
-    Raises: ValueError for a text that with its gaps is longer than `max_length` tokens; what `denoise` raises.
+    Raises: AskedError for a text that with its gaps is longer than `max_length` tokens; what `denoise` raises.
     """
     settings = settings or GenerationSettings()
     started = time.perf_counter()
-    prompt = encode_gaps(tokenizer, text, predictor.mask_id)
-    new = 0 if gaps_in(text) else settings.max_new_tokens
-    lead = 0
-    if predictor.shifted and (not prompt or prompt[0] == predictor.mask_id):
-        start = tokenizer.start_ids()  # the first token of a row cannot be predicted
-        prompt, lead = start + prompt, len(start)
-    if len(prompt) + new > max_length:
-        raise ValueError(
-            f"{len(prompt)} tokens of text and {new} new ones are {len(prompt) + new}, more than max_seq_len = "
-            f"{max_length}; ask for at most {max(0, max_length - len(prompt))} new tokens (--max-new-tokens), or "
-            "shorten the text"
-            if new
-            else f"the text has {len(prompt)} tokens, more than max_seq_len = {max_length}; shorten it"
-        )
-    ids = prompt + [predictor.mask_id] * new
+    ids = encode_gaps(tokenizer, text, predictor.mask_id)
+    continues = not gaps_in(text)
+    if not continues:
+        check_length(len(ids), max_length, "the text")
+    lead: list[int] = []
+    if predictor.shifted and (not ids or ids[0] == predictor.mask_id):
+        lead = tokenizer.start_ids()  # the first token of a row cannot be predicted
+    n_prompt = len(lead) + len(ids)
+    ids = lead + ids + [predictor.mask_id] * (settings.max_new_tokens if continues else 0)
     given = [i != predictor.mask_id for i in ids]
+    start = end = 0  # the window that is being filled
+
+    def pieces(stop: int) -> list[Piece]:
+        return pieces_of(tokenizer, ids[len(lead) : stop], given[len(lead) : stop], predictor.mask_id)
 
     def show(rows_BT: Tensor) -> None:
+        ids[start:end] = rows_BT[0].tolist()
         if on_step is not None:
-            on_step(pieces_of(tokenizer, rows_BT[0, lead:].tolist(), given[lead:], predictor.mask_id))
+            on_step(pieces(len(ids)))
 
-    rows = torch.tensor([ids], dtype=torch.int64, device=device)
-    show(rows)
-    result = denoise(
+    results: list[Denoised] = []
+    known, ended = n_prompt if continues else 0, False
+    while known < len(ids) and not ended:
+        if known - start >= max_length:
+            start = known - max_length // 2
+        end = min(len(ids), start + max_length)
+        rows = torch.tensor([ids[start:end]], dtype=torch.int64, device=device)
+        if not results:
+            show(rows)
+        results.append(_denoise(predictor, rows, settings, settings.seed + len(results), show))
+        known = end
+        ended = continues and _ends(tokenizer, ids[n_prompt:known], pieces(known)[-1].text, settings.stop)
+    if continues and tokenizer.eos_id in ids[n_prompt:known]:
+        known = ids.index(tokenizer.eos_id, n_prompt)
+    done = pieces(known)
+    if continues and known > n_prompt:
+        done[-1] = _stopped(done[-1], settings.stop)
+    result = replace(
+        results[0],
+        ids=torch.tensor([ids[len(lead) : known]], dtype=torch.int64, device=device),
+        steps=sum(part.steps for part in results),
+        forwards=sum(part.forwards for part in results),
+    )
+    return Infilled("".join(p.text for p in done), done, result, time.perf_counter() - started)
+
+
+def _denoise(
+    predictor: Predictor,
+    rows: Tensor,
+    settings: GenerationSettings,
+    seed: int,
+    on_step: Callable[[Tensor], object],
+) -> Denoised:
+    return denoise(
         predictor,
         rows,
         sampler=settings.sampler,
@@ -146,18 +178,21 @@ def infill(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        seed=settings.seed,
-        on_step=show,
+        seed=seed,
+        on_step=on_step,
     )
-    out: list[int] = result.ids[0].tolist()
-    if new and tokenizer.eos_id in out[len(prompt) :]:
-        out = out[: out.index(tokenizer.eos_id, len(prompt))]
-    pieces = pieces_of(tokenizer, out[lead:], given[lead : len(out)], predictor.mask_id)
-    if new and pieces and pieces[-1].kind == "filled":
-        pieces[-1] = _stopped(pieces[-1], settings.stop)
-    return Infilled("".join(p.text for p in pieces), pieces, result, time.perf_counter() - started)
+
+
+def _ends(tokenizer: Codec, ids: list[int], text: str, stops: list[str]) -> bool:
+    return tokenizer.eos_id in ids or any(stop in text for stop in stops)
 
 
 def _stopped(piece: Piece, stops: list[str]) -> Piece:
     ends = [piece.text.index(stop) for stop in stops if stop in piece.text]
     return Piece(piece.kind, piece.text[: min(ends)], piece.tokens) if ends else piece
+
+
+def check_length(length: int, limit: int, what: str) -> None:
+    """AskedError for a text of more than `limit` tokens."""
+    if length > limit:
+        raise AskedError(f"{what} has {length} tokens, more than max_seq_len = {limit}; shorten it")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stackwise.inference.canvas import Canvas, certainty, finite, highest
+from stackwise.inference.errors import AskedError
 from stackwise.objectives.denoiser import Denoiser
 
 SLACK = 1e-9
@@ -100,7 +101,7 @@ def unroll(canvas: Canvas, open_BT: Tensor) -> None:
     """
     intervals = canvas.predictor.intervals
     if intervals is None:
-        raise ValueError(NO_INTERVALS)
+        raise AskedError(NO_INTERVALS)
     for distance in reversed(range(intervals.count)):
         low, high = intervals.of(distance)
         masked, reveal = _above(canvas, open_BT, low)
@@ -118,7 +119,7 @@ def stream(canvas: Canvas, open_BT: Tensor) -> None:
     """
     denoiser = canvas.predictor
     if not isinstance(denoiser, Denoiser) or denoiser.intervals is None:
-        raise ValueError(NO_INTERVALS)
+        raise AskedError(NO_INTERVALS)
     rack, last = denoiser.rack, len(denoiser.rack.stacks) - 1
     context = rack.make_context(canvas.ids, canvas.attention_mask, canvas.position_ids)
     x_BTD = rack.embed(canvas.ids, context)
