@@ -27,7 +27,8 @@ from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.curriculum.stage import Stage
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
-from stackwise.objectives.causal import CausalLM, Example
+from stackwise.objectives.base import Example
+from stackwise.objectives.causal import CausalLM
 from stackwise.training.counting import StepBytes
 from stackwise.training.device import keep_freed_memory
 from stackwise.training.optim import Optimizers

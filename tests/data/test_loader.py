@@ -207,8 +207,8 @@ def test_a_program_whose_worker_was_killed_ends_all_the_same():
     code = """\
 import multiprocessing
 next(stream)
-os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 try:
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for batch in stream:
         pass
 except RuntimeError as error:

@@ -99,6 +99,7 @@ def _events(
             when=when,
             loss=round(value, 6),
             perplexity=round(math.exp(value), 4),
+            label="exact",
             bits_per_byte=round(value / math.log(2), 6),
             tokens=tokens,
             flops=flops,

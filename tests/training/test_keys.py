@@ -185,13 +185,15 @@ def test_training_compile_compiles_every_block(runs, monkeypatch):
 
 def test_training_loss_chunk_tokens_cuts_the_loss_without_changing_it(runs, monkeypatch):
     seen = []
-    original = loop.CausalLM.loss
+    from stackwise.objectives.causal import CausalLM
+
+    original = CausalLM.loss
 
     def loss(self, hidden, matrix, example, rows_per_chunk=None):
         seen.append(rows_per_chunk)
         return original(self, hidden, matrix, example, rows_per_chunk)
 
-    monkeypatch.setattr(loop.CausalLM, "loss", loss)
+    monkeypatch.setattr(CausalLM, "loss", loss)
     whole = runs({})[0]
     assert set(seen) == {None}
     cut = runs({"training.loss_chunk_tokens": 7})[0]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stackwise.config import adapter_rules, cache_rules, precision_rules, residency_rules
+from stackwise.config import (
+    adapter_rules,
+    cache_rules,
+    generation_rules,
+    objective_rules,
+    precision_rules,
+    residency_rules,
+)
 from stackwise.config.rules import appends, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
@@ -66,10 +73,6 @@ def _program_is_not(*names: str) -> Callable[[StackWiseConfig], bool]:
     return lambda config: program_of(config) not in names
 
 
-def _greedy(config: StackWiseConfig) -> bool:
-    return config.generation.temperature == 0
-
-
 MODES = ("append", "prepend", "grow", "independent", "cyclic")
 KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
     "training.unit": ("append", "prepend", "independent", "cyclic", "as_one"),
@@ -81,6 +84,7 @@ KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
     "training.progressive.target_stacks": (*MODES, "as_one", "by_hand"),
     "training.progressive.trunk_strategy": ("append", "prepend", "end_to_end"),
     "training.progressive.new_stack_init": ("append", "prepend", "grow"),
+    "training.progressive.consistency_weight": ("prepend", "by_hand"),
     "training.progressive.global_head_blocks": (*MODES, "as_one", "by_hand"),
     "training.progressive.train_head": (*MODES, "end_to_end", "as_one"),
     "training.progressive.train_embedding": (*MODES, "end_to_end", "as_one"),
@@ -152,6 +156,11 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         "only AdamW, Adam and Muon read it",
     ),
     *((key, _program_is_not(*modes), _why_not) for key, modes in KEYS_OF_MODES.items()),
+    (
+        "training.progressive.consistency_weight",
+        lambda c: program_of(c) == "prepend" and c.training.progressive.trunk_strategy != "frozen",
+        "the stacks behind a new one train as well (training.progressive.trunk_strategy)",
+    ),
     *(
         (f"training.progressive.{name}", lambda c: not tunes_jointly(c), "there is no joint phase")
         for name in JOINT_KEYS
@@ -180,6 +189,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     *precision_rules.INERT,
     *residency_rules.INERT,
     *cache_rules.INERT,
+    *objective_rules.INERT,
     (
         "training.progressive.progressive_qlora",
         lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",
@@ -188,14 +198,13 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ("data.eval_fraction", lambda c: c.data.eval_path is not None, "data.eval_path wins"),
     ("data.doc_mask", lambda c: not c.data.packing, "without packing a row holds one document"),
     ("data.text_key", lambda c: c.data.source in ("stdlib", "text"), "the source has no fields"),
-    ("generation.top_k", _greedy, "temperature 0 is greedy"),
-    ("generation.top_p", _greedy, "temperature 0 is greedy"),
-    ("generation.seed", _greedy, "temperature 0 is greedy"),
+    *generation_rules.INERT,
 ]
 """Key, when it has no effect, and why."""
 
 ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
     *adapter_rules.ADVICE,
+    *objective_rules.ADVICE,
     (
         lambda c: grows(c) and appends(c) and c.model.tie_embeddings is True,
         "model.tie_embeddings: the tied head counts as embedding and stays fixed between the first stage "

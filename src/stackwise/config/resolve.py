@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config.errors import ConfigError, Problem, show
 from stackwise.config.notes import grows, trains_the_trunk, tunes_jointly
+from stackwise.config.objective_rules import masks
 from stackwise.config.rules import appends, growth_factor, program_of, stacks_at_the_end
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ class Derived:
 
 
 def resolve(
-    config: StackWiseConfig, *, vocab_size: int | None = None
+    config: StackWiseConfig, *, vocab_size: int | None = None, mask_id: int | None = None
 ) -> tuple[StackWiseConfig, list[Derived]]:
     """A copy in which null and auto give way to values, and the list of what was filled in.
 
-    `vocab_size` is the tokenizer's; without it a null `model.vocab_size` stays null. What depends on
+    `vocab_size` and `mask_id` are the tokenizer's; without the first a null `model.vocab_size` stays null. What depends on
     the machine (`training.device`, `.dtype`, `.loss_chunk_tokens`) and budgets in epochs stay open too.
     Resolving twice changes nothing. Raises ConfigError where the vocabulary is too small for the tokenizer.
     """
@@ -57,9 +58,15 @@ def resolve(
     reason = "so that the head can train at every stage" if appends(config) else "both train at the same time"
     fill("model.tie_embeddings", not appends(config), reason)
     if vocab_size is not None:
-        fill("model.vocab_size", vocab_size, f"size of the tokenizer {config.data.tokenizer!r}")
+        size = f"size of the tokenizer {config.data.tokenizer!r}"
+        if masks(config):
+            id_, reason = _mask_token(config, vocab_size, mask_id)
+            fill("objective.mask_token_id", id_, reason)
+            if id_ >= vocab_size:
+                vocab_size, size = id_ + 1, f"{size} and the mask token"
+        fill("model.vocab_size", vocab_size, size)
         if model.vocab_size is not None and model.vocab_size < vocab_size:
-            message = f"smaller than the {vocab_size} tokens of the tokenizer {config.data.tokenizer!r}"
+            message = f"smaller than the {vocab_size} tokens of the {size.removeprefix('size of the ')}"
             hint = "leave it null to take the tokenizer's"
             raise ConfigError(
                 Problem("model.vocab_size", message, model.vocab_size, f">= {vocab_size}", hint)
@@ -92,3 +99,17 @@ def resolve(
     fill("evaluation.batch_size", training.batch_size, "training.batch_size")
     fill("data.cache_dir", str(PurePath(config.checkpoint.dir) / ".data"), "inside checkpoint.dir")
     return config, derived
+
+
+def _mask_token(config: StackWiseConfig, vocab_size: int, mask_id: int | None) -> tuple[int, str]:
+    """Id of the mask token, and why; ConfigError where there is none and none may be added."""
+    keys = config.objective
+    if keys.mask_token_id is not None:
+        return keys.mask_token_id, ""
+    if mask_id is not None:
+        return mask_id, f"of the tokenizer {config.data.tokenizer!r}"
+    if not keys.add_mask_token:
+        message = f"is false, but the tokenizer {config.data.tokenizer!r} has no mask token"
+        hint = "set it to true, or name a token by objective.mask_token_id"
+        raise ConfigError(Problem("objective.add_mask_token", message, False, "true", hint))
+    return vocab_size, "a new token, which the tokenizer lacks"

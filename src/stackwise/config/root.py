@@ -11,7 +11,9 @@ from pydantic import BaseModel, Field, ValidationError
 from stackwise.checkpoint.settings import CheckpointSettings
 from stackwise.config import (  # they add their rules
     adapter_rules,  # noqa: F401
+    generation_rules,  # noqa: F401
     growth_rules,  # noqa: F401
+    objective_rules,  # noqa: F401
     optimizer_rules,  # noqa: F401
     precision_rules,  # noqa: F401
     residency_rules,  # noqa: F401
@@ -29,6 +31,7 @@ from stackwise.data.settings import DataSettings
 from stackwise.evaluation.settings import EvaluationSettings
 from stackwise.inference.settings import GenerationSettings
 from stackwise.model.settings import ModelSettings
+from stackwise.objectives.settings import ObjectiveSettings
 from stackwise.tracking.settings import TrackingSettings
 from stackwise.training.settings import TrainingSettings
 
@@ -42,6 +45,8 @@ class StackWiseConfig(Settings):
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     """The finished model."""
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    """What is corrupted and how the loss is weighted."""
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     """The training loop, its optimizer and the growth of the model."""
     data: DataSettings = Field(default_factory=DataSettings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stackwise.config.objective_rules import scored_share
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import trained_units
 from stackwise.curriculum.stage import Stage
@@ -37,6 +38,7 @@ def flops_per_token(config: StackWiseConfig, stage: Stage, spec: RackSpec) -> fl
         stage.seq_len or config.training.seq_len,
         recompute=config.training.gradient_checkpointing,
         alone=stage.alone,
+        scored=scored_share(config, stage.noise),
     )
 
 

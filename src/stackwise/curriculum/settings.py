@@ -10,6 +10,7 @@ from stackwise.config.base import Settings
 from stackwise.config.types import (
     Flag,
     Int,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -17,6 +18,7 @@ from stackwise.config.types import (
     Text,
     UnitFloat,
 )
+from stackwise.objectives.settings import TimeKeys
 from stackwise.precision.settings import PrecisionKeys, StackPrecision
 from stackwise.trunk.settings import TrunkKeys
 
@@ -98,12 +100,14 @@ class CurriculumKeys(Settings):
     """The builder refuses to grow beyond this many stacks."""
     target_stacks: PositiveInt | None = None
     """Stacks the run ends with. null: `model.architecture.n_stacks`."""
-    training_objective: Literal["clm"] = "clm"
-    """What is learned: clm predicts the next token and needs causal attention."""
+    training_objective: Literal["clm", "mlm", "diffusion", "custom"] = "clm"
+    """What is learned. clm: the next token, which needs causal attention; mlm: hidden tokens of a row; diffusion: hidden tokens at every share of hidden ones, up to all; custom: targets that come with the batch."""
     trunk_strategy: Literal["frozen", "qlora", "trainable"] = "frozen"
     """Older stacks under append and prepend: frozen, no gradient and no optimizer state; qlora, only their adapters train; trainable, they train on at `training.trunk_lr`."""
     new_stack_init: Start = "copy"
     """Start of a new stack: copy of the nearest trained one; zero, the copy with its output projections at zero, which leaves the logits unchanged; random."""
+    consistency_weight: NonNegativeFloat = 0.0
+    """Under prepend, the weight of the squared distance between what a new stack gives and the embedding under the noise on which the stacks behind it trained, both at unit rms; 0 is off, about 0.1 is usual. The loss that is logged includes it."""
     train_head: Trains = "auto"
     """When head and final norm train: always, in the first stage and the joint phase only (first), never. auto: first under prepend and independent, in their visits under cyclic, else always."""
     train_embedding: Trains = "auto"
@@ -144,5 +148,5 @@ class CurriculumKeys(Settings):
     """Relative budgets of the stack stages in build order, one number per stack. null: equal."""
 
 
-class ProgressiveSettings(TrunkKeys, AdapterKeys, PrecisionKeys, CurriculumKeys):
+class ProgressiveSettings(TimeKeys, TrunkKeys, AdapterKeys, PrecisionKeys, CurriculumKeys):
     """Growth of the model, stack by stack."""

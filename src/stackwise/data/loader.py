@@ -116,7 +116,16 @@ class TokenLoader:
         else:
             if self._ahead is None:
                 self._ahead = self._start_workers()
-            batch = next(self._ahead)
+            try:
+                batch = next(self._ahead)
+            except (ConnectionError, EOFError) as error:  # torch's own message comes at other moments only
+                raise RuntimeError(
+                    "a process that builds batches has died, maybe for want of memory; "
+                    "data.num_workers=0 builds them in the training process"
+                ) from error
+        # When each sample comes, which corruption may depend on: its number of the pass, and its place in it.
+        at = torch.arange(self.batch_size) + (self._cursor + self.rank * self.batch_size)
+        batch["draws"], batch["places"] = at // self.rows, at % self.rows
         # Counted when handed out: what the workers hold ahead of time is built again after a resume.
         self._cursor += self.batch_size * self.world_size
         return batch

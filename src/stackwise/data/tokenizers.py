@@ -38,6 +38,8 @@ _EOS_NAMES = (
 )
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>")
 
+_MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
+
 _OWN_FORMAT = "stackwise-tokenizer"
 _PIECE = 1 << 20
 """Characters encoded at a time: a library `Encoding` takes some 100 bytes per token."""
@@ -54,6 +56,13 @@ class Tokenizer(ABC):
     vocab_size: int
     eos_id: int | None
     pad_id: int | None
+    mask_id: int | None = None
+    """The token that stands for a hidden one, if the vocabulary has one."""
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text."""
+        return tuple(i for i in (self.eos_id, self.pad_id, self.mask_id) if i is not None)
 
     @abstractmethod
     def definition(self) -> dict[str, Any]:
@@ -205,6 +214,12 @@ class LibraryTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
         self.eos_id = next((special[name] for name in _EOS_NAMES if name in special), None)
         self.pad_id = next((special[name] for name in _PAD_NAMES if name in special), None)
+        self.mask_id = next((special[name] for name in _MASK_NAMES if name in special), None)
+        self._special = tuple(sorted(special.values()))
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        return self._special
 
     def definition(self) -> dict[str, Any]:
         return self._definition

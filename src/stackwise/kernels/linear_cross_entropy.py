@@ -1,6 +1,6 @@
 """Head and cross-entropy in one operation that never holds all logits.
 
-loss = sum over valid rows of logsumexp(h W^T) - (h W^T)[label]
+loss = sum over valid rows of weight * (logsumexp(h W^T) - (h W^T)[label] + z * logsumexp(h W^T)^2)
 
 Rows are taken in chunks; each chunk's logits live only until its share of the gradients is formed, in the forward
 pass. Memory is chunk x V instead of tokens x V, for the same number of matrix products as the plain form. The idea is
@@ -35,11 +35,22 @@ def chunk_rows(vocab_size: int, dtype: torch.dtype = torch.float32, device: str 
     return max(FEWEST_ROWS, limit // (dtype.itemsize * vocab_size))
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The plain form: all logits at once. hidden [N, D], weight [V, D], labels [N] -> scalar sum."""
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weights: Tensor | None = None,
+    banned: int | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The plain form: all logits at once; arguments as of `linear_cross_entropy`."""
     logits = F.linear(hidden, weight)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if banned is not None:
+        logits = logits.index_fill(-1, torch.tensor([banned], device=logits.device), -torch.inf)
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    losses = losses + z_loss * logits.logsumexp(-1) ** 2 * (labels != IGNORE)
+    return (losses if row_weights is None else losses * row_weights).sum()
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +71,15 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        row_weights: Tensor | None,
+        banned: int | None,
+        z_loss: float,
+        rows: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -71,43 +90,60 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows].to(dtype)
             target = labels[start : start + rows]
-            valid = target != IGNORE
+            share = (target != IGNORE).to(wide)
+            if row_weights is not None:
+                share *= row_weights[start : start + rows]
             at_label = (torch.arange(len(part), device=part.device), target.clamp_min(0))
             logits = product(part, narrow)
+            if banned is not None:
+                logits[:, banned] = -torch.inf
             chosen = logits[at_label].to(wide)
             slope, normaliser = _softmax(logits)
-            total += ((normaliser - chosen) * valid).sum()
-            # d loss / d logits = softmax - one hot, and zero where ignored: that is left to the smaller matrices
+            losses = normaliser - chosen
+            if z_loss:
+                losses = losses + z_loss * normaliser.square()
+                slope *= (1 + 2 * z_loss * normaliser).unsqueeze(-1)
+            # where ignored the loss may be infinite: a banned token stands in for a label there
+            total += torch.where(share == 0, 0, losses * share).sum()
+            # d loss / d logits = softmax - one hot, times the row's weight: that is left to the smaller matrices
             slope[at_label] -= 1
-            valid = valid.unsqueeze(-1)
+            share = share.unsqueeze(-1).to(part.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = product(slope, narrow.t()) * valid
+                grad_hidden[start : start + rows] = product(slope, narrow.t()) * share
             if needs_weight:
-                share = product((part * valid).t(), slope.t())
-                grad_weight = share.to(weight.dtype) if grad_weight is None else grad_weight.add_(share)
+                grown = product((part * share).t(), slope.t())
+                grad_weight = grown.to(weight.dtype) if grad_weight is None else grad_weight.add_(grown)
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.t())
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.clone(memory_format=torch.contiguous_format).mul_(grad)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, rows_per_chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    row_weights: Tensor | None = None,
+    banned: int | None = None,
+    z_loss: float = 0.0,
+    rows_per_chunk: int | None = None,
 ) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, in nats.
 
     hidden [N, D], weight [V, D], labels int64 [N] with -100 = no target -> scalar in fp32 (fp64 for fp64 inputs).
-    `rows_per_chunk` null takes a number that suits the device (`chunk_rows`). Products run in autocast's dtype when it
-    is on; the softmax is always fp32 or wider.
+    `row_weights` [N] multiply the losses; null is 1. The token `banned` has probability 0. `z_loss` adds z times the
+    squared log-normaliser (Chowdhery et al. 2022, arXiv 2204.02311). `rows_per_chunk` null takes a number that suits
+    the device (`chunk_rows`). Products run in autocast's dtype when it is on; the softmax is always fp32 or wider.
     """
     dtype = compute_dtype(hidden)
     rows = rows_per_chunk or chunk_rows(weight.shape[0], dtype, device_kind(hidden))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, rows, dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, row_weights, banned, z_loss, rows, dtype)

@@ -1,50 +1,44 @@
 """Causal language modelling: every position predicts the next token.
 
 This is the one place of the project where labels are shifted; models, losses and evaluators never shift.
-Shape letters: B batch, T positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from stackwise.kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
-
-
-class Example(NamedTuple):
-    """What a model reads and what it must say. All tensors are [B, T], `sample_ids` is [B].
-
-    `labels` are aligned with the positions: the hidden state at (b, t) is scored against labels[b, t], -100 = not
-    scored. A field the batch does not have is null.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    document_ids: Tensor | None = None
-    sample_ids: Tensor | None = None
+from stackwise.objectives.base import IGNORE, Example, Noise, input_ids_of
+from stackwise.objectives.head import head_loss
 
 
 class CausalLM:
     """The objective `clm`: next-token prediction, divided by the number of valid targets."""
 
     name = "clm"
+    causal = True
+    draws: int | None = 1
 
-    def corrupt(self, batch: Mapping[str, Tensor]) -> Example:
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
+
+    def corrupt(
+        self, batch: Mapping[str, Tensor], noise: Noise | None = None, counts: Tensor | None = None
+    ) -> Example:
         """Align the targets; the input stays as it is.
 
         The label of position t is token t + 1, that of the last position `next_ids` (or -100 without it). A label is
         -100 where either side of the step is padding, or where the two tokens belong to different documents.
-        A batch without `input_ids` is a KeyError.
+        A batch without `input_ids` is a KeyError, a range of noise or a count a ValueError.
         """
-        if "input_ids" not in batch:
-            raise KeyError(f"the batch has no 'input_ids'; it holds {sorted(batch)}")
-        ids = batch["input_ids"].long()
+        if noise is not None or counts is not None:
+            raise ValueError(
+                "the causal objective corrupts nothing, so it takes no range of noise and no counts"
+            )
+        ids = input_ids_of(batch)
         mask, documents = batch.get("attention_mask"), batch.get("document_ids")
         labels = torch.full_like(ids, IGNORE)
         labels[:, :-1] = ids[:, 1:]
@@ -58,14 +52,21 @@ class CausalLM:
             labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], IGNORE)
         return Example(ids, labels, mask, batch.get("position_ids"), documents, batch.get("sample_ids"))
 
+    def embedded(self, x_BTD: Tensor, example: Example) -> Tensor:
+        """The embeddings as they are."""
+        return x_BTD
+
     def loss(
         self, hidden: Tensor, head_matrix: Tensor, example: Example, rows_per_chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, D], head_matrix [V, D] -> (loss_sum in nats, weight_sum = number of scored positions).
+        """hidden [B, T, D], head_matrix [V, D] -> (loss_sum in nats, weight_sum = number of scored positions)."""
+        total = head_loss(hidden, head_matrix, example, z_loss=self.z_loss, rows_per_chunk=rows_per_chunk)
+        return total, self.weight(example)
 
-        The head is applied in chunks of `rows_per_chunk` positions, so [B T, V] logits never exist; null keeps a
-        chunk's logits under a fixed size.
-        """
-        labels = example.labels.flatten()
-        total = linear_cross_entropy(hidden.flatten(0, 1), head_matrix, labels, rows_per_chunk=rows_per_chunk)
-        return total, (labels != IGNORE).sum()
+    def for_evaluation(self) -> Self:
+        """The same; without the penalty on the normaliser."""
+        return self if not self.z_loss else type(self)()
+
+    def weight(self, example: Example) -> Tensor:
+        """The number of scored positions."""
+        return (example.labels != IGNORE).sum()

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Data:
-    """What the data says: tokens of the tokenizer, steps of an epoch, rows. Null where it was not looked at."""
+    """What the data says: tokens of the tokenizer (and which of them hides others), steps of an epoch, rows. Null where it was not looked at."""
 
     vocab_size: int | None = None
     steps_per_epoch: int | None = None
     n_rows: int | None = None
     corpus: Corpus | None = None
+    mask_id: int | None = None
 
 
 def data_facts(config: StackWiseConfig, corpus: Corpus | None) -> Data:
@@ -42,7 +43,8 @@ def data_facts(config: StackWiseConfig, corpus: Corpus | None) -> Data:
     assert resolved.data.cache_dir is not None
     corpus = corpus or prepare(resolved.data, resolved.data.cache_dir)
     loader = make_loader(resolved, corpus)
-    return Data(corpus.tokenizer.vocab_size, loader_steps(resolved, loader), loader.rows, corpus)
+    tokenizer = corpus.tokenizer
+    return Data(tokenizer.vocab_size, loader_steps(resolved, loader), loader.rows, corpus, tokenizer.mask_id)
 
 
 def own_device(config: StackWiseConfig) -> str:

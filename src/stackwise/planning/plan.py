@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from stackwise.config.objective_rules import scored_share
 from stackwise.config.resolve import resolve
 from stackwise.config.rules import program_of
 from stackwise.planning.devices import Device, device_named, limited
@@ -57,7 +58,7 @@ def plan_on(
     """
     data = data_facts(config, corpus)
     notes = config.notes()
-    config, derived = resolve(config, vocab_size=data.vocab_size)
+    config, derived = resolve(config, vocab_size=data.vocab_size, mask_id=data.mask_id)
     dtype = compute_dtype(config, device)
     speed, edges = rate or device.rate(dtype), has_edges(config)
     return Plan(
@@ -142,6 +143,7 @@ class _Rows:
             optimizer=training.optimizer.model_dump_json(),
             loss_rows=None if rows == "auto" else int(rows),
             alone=stage.alone,
+            scored=scored_share(self.config, stage.noise),
         )
 
     def _row(self, listed: list[Stage], index: int, situation: Situation) -> StagePlan:
@@ -164,6 +166,7 @@ class _Rows:
             recompute_frozen=frozen_again,
             cached=cached,
             alone=stage.alone,
+            scored=situation.scored,
         )
         flops = tokens * per_token
         source, reason = self._trunk(situation, own, decision)

@@ -24,7 +24,8 @@ class Situation:
     or 2 for two and more, which take the same memory. `kind`: cpu, or a kind of accelerator. `loss_rows`: positions
     per chunk of logits, null by the device. `frozen`, `trained`: where blocks live (`trunk.residency`). `optimizer`:
     the settings of `training.optimizer`, as JSON. `rounding`: the format that stacks without one of their own are
-    rounded to while they train.
+    rounded to while they train. `scored`: share of the positions that the head reads, below 1 those of an objective
+    that hides tokens.
     """
 
     spec: RackSpec
@@ -42,6 +43,7 @@ class Situation:
     optimizer: str = "{}"
     loss_rows: int | None = None
     alone: int | None = None
+    scored: float = 1.0
 
     @cached_property
     def settings(self) -> OptimizerSettings:

@@ -21,6 +21,7 @@ from stackwise.model.block import Block, Context
 from stackwise.model.cache import BlockCache
 from stackwise.model.modes import autocast_to
 from stackwise.model.rack import Rack, recompute_block, run_block
+from stackwise.objectives.base import Example
 from stackwise.objectives.causal import CausalLM
 from stackwise.planning.fake import fake_tensors, without_storage
 from stackwise.planning.live import LiveBytes
@@ -172,7 +173,8 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
     device = torch.device("cpu")
     split = apply_training(rack, situation.units, situation.alone)
     # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
-    setup = StageSetup(rack, set(situation.units), split, None, _RUN, None, 0.0, situation.seq_len)  # type: ignore[arg-type]
+    objective = CausalLM()
+    setup = StageSetup(rack, objective, set(situation.units), split, None, _RUN, None, 0.0, situation.seq_len)  # type: ignore[arg-type]
     for stack in rack.stacks:
         if situation.rounding and f"stack:{stack.uid}" in situation.units:
             fake_quantise(stack, stack.frozen_format or situation.rounding)
@@ -183,7 +185,7 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
         [*rack.parameters(), *rack.buffers()],
         lambda: step.ledger.live.get(HOST, 0) + on_host.bytes,
     )
-    marks, objective = _Marks(live, step), CausalLM()
+    marks = _Marks(live, step)
     freed = []
     if situation.settings.memory == "fused":
         freed = [p.register_post_accumulate_grad_hook(_forget) for p in rack.parameters() if p.requires_grad]
@@ -191,12 +193,12 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
         _mark_blocks(rack, marks)
         for _ in range(situation.micro_batches):
             marks.start()
-            example = objective.corrupt(_batch(situation))
+            example = _example(situation)
             with autocast_to(situation.dtype, device):
                 hidden = setup.forward(example)
                 marks.start()
                 loss = objective.loss(hidden, rack.head.matrix, example, situation.loss_rows)[0]
-            loss = loss / (example.labels >= 0).sum()
+            loss = loss / objective.weight(example)
             del hidden
             marks.start()
             loss.backward()
@@ -250,6 +252,18 @@ def _mark_blocks(rack: Rack, marks: _Marks) -> None:
         return out
 
     rack.runner = marked
+
+
+def _example(situation: Situation) -> Example:
+    """What the objective makes of a batch. One that hides tokens names those that are scored, and weighs its rows."""
+    example = CausalLM().corrupt(_batch(situation))
+    if situation.spec.time is not None:
+        example = example._replace(time=torch.ones(situation.batch_size))
+    if situation.scored == 1:
+        return example
+    rows = torch.empty(situation.batch_size)
+    scored = torch.empty(max(1, round(situation.scored * situation.tokens)), dtype=torch.int64)
+    return example._replace(weights=rows, totals=rows, scored=scored)
 
 
 def _batch(situation: Situation) -> dict[str, Any]:

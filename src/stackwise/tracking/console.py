@@ -187,7 +187,8 @@ class ConsoleProgress:
     # Small pieces --------------------------------------------------------------------------------------------------
 
     def _figures(self, event: Mapping[str, Any]) -> list[str]:
-        figures = [f"perplexity {event['perplexity']:.2f}"]
+        kind = "" if event["label"] == "exact" else f" ({event['label']})"
+        figures = [f"perplexity {event['perplexity']:.2f}{kind}"]
         if event["bits_per_byte"] is not None:
             figures.append(f"{event['bits_per_byte']:.3f} bits per byte")
         if not self.live or event["when"] == "interval":

@@ -84,6 +84,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "loss": "float",
         "perplexity": "float",
         "bits_per_byte": "float?",
+        "label": "exact | bound | part of a bound | pseudo",
         "tokens": "int",
         "flops": "float",
         "seconds": "float",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stackwise.training.progressive_data import as_dict
@@ -33,16 +34,24 @@ class CyclingLoader:
     def _run(self) -> Iterator[Mapping[str, Tensor]]:
         skip = self.index
         while True:
-            empty = True
+            place = 0
             for i, batch in enumerate(self.batches):
-                empty = False
+                named = as_mapping(batch)
+                rows = len(next(iter(named.values()))) if named else 0
+                start, place = place, place + rows
                 if i < skip:
                     continue
                 self.index = i + 1
-                yield as_mapping(batch)
+                yield self._keyed(named, start, rows)
+            empty = place == 0
             if empty:
                 raise ValueError("the data loader gives no batches")
             skip, self.index, self.epoch = 0, 0, self.epoch + 1
+
+    def _keyed(self, batch: Mapping[str, Tensor], start: int, rows: int) -> Mapping[str, Tensor]:
+        """The batch with what corruption is keyed by: the samples' ids (null: their places), pass and places."""
+        places = torch.arange(start, start + rows)
+        return {"sample_ids": places, **batch, "draws": torch.full_like(places, self.epoch), "places": places}
 
     def seek(self, batches: int) -> None:
         """Go to the batch that comes after `batches` of them from the very start."""

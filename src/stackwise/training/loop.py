@@ -26,8 +26,10 @@ from stackwise.curriculum.specs import stage_spec, stage_specs
 from stackwise.curriculum.stage import Stage
 from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack
-from stackwise.objectives.causal import CausalLM, Example
+from stackwise.objectives.base import Example, Objective
+from stackwise.objectives.build import objective_of
 from stackwise.training import records
+from stackwise.training.consistency import Aim, consistency_of, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in, run_format
 from stackwise.training.errors import Interrupted, NumericError
@@ -59,12 +61,13 @@ class Loader(Protocol):
 class Hooks:
     """What the loop calls out to. Each may be left as it is.
 
-    emit: takes every event. evaluate: rack -> {"loss": nats per token, ...} or null. sample: rack -> (prompt, text)
+    emit: takes every event. evaluate: rack, and the stage's range of noise where it has one,
+    -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text)
     or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
     """
 
     emit: Callable[[Event], None] = lambda event: None
-    evaluate: Callable[[Rack], dict[str, Any]] | None = None
+    evaluate: Callable[..., dict[str, Any]] | None = None
     sample: Callable[[Rack], tuple[str, str]] | None = None
     save: Callable[[Engine, str | None], dict[str, Any]] | None = None
 
@@ -84,8 +87,9 @@ class Engine:
         hooks: Hooks | None = None,
         progress: Progress | None = None,
         identity: Mapping[str, str] | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        """`identity` names the data that the loader's sample ids belong to (`trunk.keys.IDENTITY`); without it no
+        """`objective` null: that of the config, for a tokenizer without special tokens. `identity` names the data that the loader's sample ids belong to (`trunk.keys.IDENTITY`); without it no
         outputs of the trunk are stored."""
         self.config, self.stages, self.loader = config, stages, loader
         self.device, self.dtype = device, dtype
@@ -94,7 +98,7 @@ class Engine:
         self.rack = rack.to(device) if resident else rack  # what is streamed may not fit: `set_up` places it
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
-        self.objective = CausalLM()
+        self.objective = objective or objective_of(config)
         self.run_format = run_format(config, dtype, device)
         self.identity, self.manager = identity, MemoryManager.of(config.training.progressive)
         self.optimizers: Optimizers | None = None
@@ -182,12 +186,16 @@ class Engine:
             self.config,
             device=self.device,
             run_format=self.run_format,
+            objective=self.objective,
             manager=self.manager,
             identity=self.identity or {},
             n_samples=n_samples,
             follows=shares[0] if followed else 0.0,
             later=shares[1],
             stores=self.progress.stores,
+        )
+        self.setup.consistency = consistency_of(
+            self.config, self.stages, self.progress.stage, self.rack, self.setup.units
         )
         self.progress.stores = self.setup.decision.use
         self.optimizers = self.setup.optimizers
@@ -229,10 +237,12 @@ class Engine:
         # What a step draws at random depends on its place in the data, so that stages which restart there repeat.
         draw = p.step if stage.data_start is None else stage.data_start + p.stage_step
         self.lr = optimizers.set_factor(stage_factor(stage, p.stage_step, training), draw)
+        self.rack.follow_weights()
         batches = [next(self._batches) for _ in range(training.gradient_accumulation_steps)]
-        examples = [self.objective.corrupt(self._to_device(batch)) for batch in batches]
+        examples = [self.objective.corrupt(batch, stage.noise).to(self.device) for batch in batches]
         # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        weight = sum((example.labels >= 0).sum() for example in examples).clamp_min(1)  # type: ignore[union-attr]
+        weight = torch.stack([self.objective.weight(example) for example in examples]).sum().clamp_min(1)
+        aims = self._aims(batches, weight)
         total = torch.zeros((), device=self.device)
         counted = StepBytes(self.rack) if p.stage_step == 0 else None
         with nullcontext() if counted is None else counted.counting():
@@ -240,7 +250,7 @@ class Engine:
                 if self._has_dropout:
                     key = (draw, index)
                     torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
-                loss = self._loss(example) / weight
+                loss = self._loss(example, aims[index] if aims else None) / weight
                 with optimizers.in_backward():
                     self.scaler.scale(loss).backward()
                 total += loss.detach()
@@ -266,12 +276,23 @@ class Engine:
         tokens = sum(example.input_ids.numel() for example in examples)
         self._note_cost(tokens, time.perf_counter() - started)
 
-    def _loss(self, example: Example) -> Tensor:
+    def _aims(self, batches: list[Mapping[str, Tensor]], weight: Tensor) -> list[Aim]:
+        """What the output of a prepended stack is held to, by micro-batch; empty where there is no such thing."""
+        held = None if self.setup is None else self.setup.consistency
+        return [] if held is None else held.aims(self.objective, batches, weight, self.device)
+
+    def _loss(self, example: Example, aim: Aim | None = None) -> Tensor:
         """Summed loss of one micro-batch."""
         assert self.setup is not None
         with computing_in(self.dtype, self.device):
-            hidden = self.setup.forward(example)
-            return self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
+            if aim is None:
+                new, hidden = None, self.setup.forward(example)
+            else:
+                new, hidden = self.setup.forward_past(example)
+            loss = self.objective.loss(hidden, self.rack.head.matrix, example, self._rows_per_chunk)[0]
+            if aim is None or new is None:
+                return loss
+            return loss + aim.factor * distance(self.rack, self.objective, new, aim.lighter)
 
     def _apply(self, optimizers: Optimizers) -> None:
         if not self.scaler.is_enabled():
@@ -299,9 +320,6 @@ class Engine:
             f"not finite at {where}: {what}. {intact}lower training.optimizer.lr, raise "
             "training.warmup_steps, or set training.on_nonfinite=skip"
         )
-
-    def _to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def _note_loss(self, loss: float) -> None:
         p = self.progress
@@ -342,6 +360,8 @@ class Engine:
     def _finish(self, stage: Stage) -> None:
         assert self.setup is not None
         p = self.progress
+        if p.stage + 1 == len(self.stages):
+            self.rack.fold_spectral_norm()  # what a run leaves behind is plain
         if self._saved_step != p.step:
             self._save(f"stage-{p.stage + 1:02d}")
         eval_loss = self._evaluate("final" if p.stage + 1 == len(self.stages) else "stage_end")
@@ -370,7 +390,8 @@ class Engine:
     def _evaluate(self, when: str) -> float | None:
         if self.hooks.evaluate is None:
             return None
-        result = self.hooks.evaluate(self.rack)
+        noise = self.stages[min(self.progress.stage, len(self.stages) - 1)].noise
+        result = self.hooks.evaluate(self.rack) if noise is None else self.hooks.evaluate(self.rack, noise)
         self.progress.eval_loss = result["loss"]
         self.hooks.emit(records.evaluation(self.progress, when, result))
         self._logged_at = (time.perf_counter(), self.progress.tokens)

@@ -60,6 +60,7 @@ def evaluation(p: Progress, when: str, result: dict[str, Any]) -> dict[str, Any]
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": result.get("bits_per_byte"),
+        "label": result.get("label", "exact"),
         "tokens": p.tokens,
         "flops": p.flops,
         "seconds": p.seconds,

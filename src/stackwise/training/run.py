@@ -13,6 +13,7 @@ import torch
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
+from stackwise.config.objective_rules import label_of, masks
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import build_rack
@@ -25,6 +26,8 @@ from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.rack import Rack
+from stackwise.objectives.base import Noise, Objective
+from stackwise.objectives.build import objective_of
 from stackwise.tracking.console import ConsoleProgress
 from stackwise.tracking.environment import peak_rss_bytes
 from stackwise.tracking.events import Sink, Tracker
@@ -61,7 +64,9 @@ def train(
     resolved, derived = resolve(config)
     assert resolved.data.cache_dir is not None
     corpus = prepare(resolved.data, resolved.data.cache_dir)
-    resolved, derived = resolve(config, vocab_size=corpus.tokenizer.vocab_size)
+    tokenizer = corpus.tokenizer
+    resolved, derived = resolve(config, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
+    objective = objective_of(resolved, tokenizer.special_ids)
     loader = make_loader(resolved, corpus)
     with ExitStack() as stack:
         stack.enter_context(deterministic(resolved.training.deterministic))
@@ -74,12 +79,13 @@ def train(
         folder.write_config(dump(resolved.to_dict()))
         folder.write_environment()
         corpus.tokenizer.save(folder.tokenizer)
-        hooks = _hooks(resolved, corpus, folder, store, metrics, tracker, device, dtype)
+        hooks = _hooks(resolved, objective, corpus, folder, store, metrics, tracker, device, dtype)
         where: Where = {
             "device": device,
             "dtype": dtype,
             "hooks": hooks,
-            "identity": identity_of(resolved, corpus, device, dtype),
+            "identity": identity_of(resolved, objective, corpus, device, dtype),
+            "objective": objective,
         }
         if commit is None:
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
@@ -114,10 +120,11 @@ class Where(TypedDict):
     dtype: torch.dtype
     hooks: Hooks
     identity: dict[str, str]
+    objective: Objective
 
 
 def identity_of(
-    config: StackWiseConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype
+    config: StackWiseConfig, objective: Objective, corpus: Corpus, device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     """What the stored outputs of a trunk depend on besides the trunk; see `trunk.keys`."""
     data = config.data
@@ -125,7 +132,7 @@ def identity_of(
         "tokenizer": corpus.tokenizer.hash,
         "data": corpus.hash,
         "rows": f"packing {data.packing}, documents apart {data.doc_mask}",
-        "corruption": "clm",
+        "corruption": repr(objective) if masks(config) else objective.name,
         "compute": f"{dtype} on {device.type}".removeprefix("torch."),
     }
 
@@ -207,6 +214,7 @@ def _restore(
 
 def _hooks(
     config: StackWiseConfig,
+    objective: Objective,
     corpus: Corpus,
     folder: RunFolder,
     store: Store,
@@ -219,11 +227,23 @@ def _hooks(
     chunk = config.training.loss_chunk_tokens
     split = corpus.validation
 
-    def evaluate(rack: Rack) -> dict[str, Any]:
+    def evaluate(rack: Rack, noise: Noise | None = None) -> dict[str, Any]:
         rows = None if chunk == "auto" else int(chunk)
-        total, count = validate(rack, evaluation, dtype=dtype, rows_per_chunk=rows)
+        passes = config.evaluation.passes if masks(config) else 1
+        total, count = validate(
+            rack,
+            evaluation,
+            objective=objective,
+            passes=passes,
+            noise=noise,
+            dtype=dtype,
+            rows_per_chunk=rows,
+        )
         loss = total / count
-        return {"loss": loss, "bits_per_byte": bits_per_byte(loss, split.n_tokens, split.n_bytes)}
+        label = label_of(config) if noise is None else "part of a bound"
+        known = label in ("exact", "bound")
+        bits = bits_per_byte(loss, split.n_tokens, split.n_bytes) if known else None
+        return {"loss": loss, "bits_per_byte": bits, "label": label}
 
     def sample(rack: Rack) -> tuple[str, str]:
         prompt, text = sample_text(rack, corpus.tokenizer, config)
@@ -248,7 +268,8 @@ def _hooks(
             "seconds": time.perf_counter() - started,
         }
 
-    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=sample, save=save)
+    samples = sample if objective.name == "clm" else None
+    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=samples, save=save)
 
 
 def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tuple[str, str]:

@@ -9,16 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stackwise.config.objective_rules import corruption_of, masks, scored_share
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.split import Split, apply_training, split_of, trained_units
 from stackwise.curriculum.stage import Stage
+from stackwise.model.block import Context
 from stackwise.model.flops import block_forward_flops, step_flops
 from stackwise.model.rack import Rack
-from stackwise.objectives.causal import Example
+from stackwise.objectives.base import Example, Objective
+from stackwise.objectives.head import context_of
 from stackwise.precision.fake_quant import fake_quantise
+from stackwise.training.consistency import Consistency
 from stackwise.training.optim import Optimizers, set_widths
 from stackwise.trunk.cached import CachedPrefix, open_prefix
 from stackwise.trunk.decide import Decision, overlap
+from stackwise.trunk.legality import Corruption
 from stackwise.trunk.manager import MemoryManager
 from stackwise.trunk.residency import reside
 
@@ -28,6 +33,7 @@ class StageSetup:
     """`prefix` null: the frozen prefix is computed at every visit; `decision` says why."""
 
     rack: Rack
+    objective: Objective
     units: set[str]
     split: Split
     prefix: CachedPrefix | None
@@ -36,22 +42,33 @@ class StageSetup:
     flops_per_token: float
     """FLOP of a step per token, without the blocks of a stored prefix."""
     seq_len: int
+    consistency: Consistency | None = None
+    """What the output of a prepended stack is held to."""
     _stored_flops: float = 0.0
 
     def forward(self, example: Example) -> Tensor:
         """input_ids [B, T] -> what the head reads, [B, T, D]."""
-        rack, split = self.rack, self.split
-        context = rack.make_context(
-            example.input_ids, example.attention_mask, example.position_ids, example.document_ids
-        )
-        if self.prefix is not None:
-            x_BTD = self.prefix(example)
-        else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not split.prefix):
-                x_BTD = rack.embed(example.input_ids, context)
-                x_BTD = rack.run(x_BTD, context, 0, split.prefix_blocks)
+        rack, split, context = self.rack, self.split, context_of(self.rack, example)
+        x_BTD = self._active(example, context)
         hidden: Tensor = rack.norm(rack.run(x_BTD, context, split.start, split.stop))
         return hidden
+
+    def forward_past(self, example: Example) -> tuple[Tensor, Tensor]:
+        """What the stack that is held to consistency gives, [B, T, D], and what `forward` gives."""
+        assert self.consistency is not None
+        rack, split, context = self.rack, self.split, context_of(self.rack, example)
+        x_BTD = self._active(example, context)
+        new_BTD = rack.run(x_BTD, context, split.start, self.consistency.blocks)
+        return new_BTD, rack.norm(rack.run(new_BTD, context, self.consistency.blocks, split.stop))
+
+    def _active(self, example: Example, context: Context) -> Tensor:
+        """What the first block that is run at every visit reads, [B, T, D]."""
+        if self.prefix is not None:
+            return self.prefix(example)
+        rack, split = self.rack, self.split
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not split.prefix):
+            x_BTD = self.objective.embedded(rack.embed(example.input_ids, context), example)
+            return rack.run(x_BTD, context, 0, split.prefix_blocks)
 
     def prefix_flops(self) -> float:
         """FLOP that filling the store has taken since the last call."""
@@ -96,6 +113,7 @@ def set_up(
     config: StackWiseConfig,
     *,
     device: torch.device,
+    objective: Objective,
     run_format: str,
     manager: MemoryManager,
     identity: Mapping[str, str],
@@ -140,6 +158,12 @@ def set_up(
         visits=stage.steps * rows * training.gradient_accumulation_steps,
         follows=follows,
         later=later,
+        corruption=Corruption(
+            objective.name,
+            objective.draws,
+            stage.noise,
+            on_embeddings=corruption_of(config) == "gaussian" and masks(config),
+        ),
     )
     flops = step_flops(
         rack.spec,
@@ -149,6 +173,7 @@ def set_up(
         recompute_frozen=recompute or trunk != "resident",
         cached=split.prefix_blocks if prefix is not None else 0,
         alone=stage.alone,
+        scored=scored_share(config, stage.noise),
     )
     optimizers = Optimizers(rack, stage, training)
-    return StageSetup(rack, units, split, prefix, decision, optimizers, flops, seq_len)
+    return StageSetup(rack, objective, units, split, prefix, decision, optimizers, flops, seq_len)

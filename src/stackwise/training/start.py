@@ -39,6 +39,13 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer) -> str:
         values |= {f"stacks.{stack.uid}.{name}": tensor for name, tensor in plain_tensors(stack).items()}
     own = rack.state_dict()
     taken = [name for name in own if name in values]
+    for name in taken:
+        new = own[name].shape[0] - values[name].shape[0]
+        if (
+            rack.part_of(name) in ("embedding", "head")
+            and 0 < new == rack.spec.vocab_size - run.tokenizer.vocab_size
+        ):
+            values[name] = torch.cat((values[name], own[name][-new:].to(values[name])))  # the mask token
     problems = [
         f"{name} is {list(values[name].shape)} there and {list(own[name].shape)} here"
         for name in taken

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.objective_rules import label_of, masks
 from stackwise.config.root import StackWiseConfig
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.curriculum.builder import ProgressiveRackBuilder
@@ -14,6 +16,8 @@ from stackwise.curriculum.present import by_unit, stacks_at_the_start, stages_fr
 from stackwise.curriculum.program import hand_written
 from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
+from stackwise.objectives.base import Noise, Objective
+from stackwise.objectives.build import objective_of
 from stackwise.tracking.events import Sink, Tracker
 from stackwise.training.cycling import CyclingLoader, as_mapping
 from stackwise.training.device import pick_device, pick_dtype
@@ -45,14 +49,22 @@ class _Trainer:
         device = pick_device(config.training.device)
         dtype = pick_dtype(config.training.dtype, device)
 
-        def evaluate(rack: Rack) -> dict[str, Any]:
+        objective = _objective(config, rack)
+        passes = config.evaluation.passes if masks(config) else 1
+
+        def evaluate(rack: Rack, noise: Noise | None = None) -> dict[str, Any]:
             assert eval_dataloader is not None
-            total, count = validate(rack, map(as_mapping, eval_dataloader), dtype=dtype)
-            return {"loss": total / count}
+            batches = [as_mapping(batch) for batch in eval_dataloader]
+            total, count = validate(
+                rack, batches, objective=objective, passes=passes, noise=noise, dtype=dtype
+            )
+            return {"loss": total / count, "label": label_of(config)}
 
         hooks = Hooks(emit=tracker.emit, evaluate=None if eval_dataloader is None else evaluate)
         loader = CyclingLoader(dataloader)
-        return Engine(config, rack, stages, loader, device=device, dtype=dtype, hooks=hooks)
+        return Engine(
+            config, rack, stages, loader, device=device, dtype=dtype, hooks=hooks, objective=objective
+        )
 
 
 class ProgressiveTrainer(_Trainer):
@@ -153,6 +165,16 @@ class ArchitectureTrainer(_Trainer):
             engine = self._engine(self.config, rack, stages, dataloader, eval_dataloader, tracker)
             engine.run()
         return _results(engine)
+
+
+def _objective(config: StackWiseConfig, rack: Rack) -> Objective:
+    """The objective for a rack of one's own, which has a vocabulary but no tokenizer."""
+    size = rack.spec.vocab_size
+    if masks(config) and config.objective.mask_token_id is None:
+        message = "is null, and a rack of your own has no tokenizer to take it from"
+        raise ConfigError(Problem("objective.mask_token_id", message, None, f"0 to {size - 1}"))
+    model = config.model.model_copy(update={"vocab_size": size})
+    return objective_of(config.model_copy(update={"model": model}))
 
 
 def _results(engine: Engine) -> dict[str, Any]:

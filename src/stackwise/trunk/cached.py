@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stackwise.objectives.head import context_of
 from stackwise.trunk.decide import NOMINAL, Choice, Decision, Rates, decide, work_of
 from stackwise.trunk.keys import prefix_hashes, store_key
 from stackwise.trunk.legality import CLM, Corruption, cache_refusal
@@ -31,7 +32,7 @@ from stackwise.trunk.store import ActivationStore
 
 if TYPE_CHECKING:
     from stackwise.model.rack import Rack
-    from stackwise.objectives.causal import Example
+    from stackwise.objectives.base import Example
 
 
 class CachedPrefix:
@@ -56,10 +57,10 @@ class CachedPrefix:
         self.rows_run = [0] * blocks
 
     @torch.no_grad()
-    def __call__(self, example: Example, draw: int = 0) -> Tensor:
-        """Read, or run and store, the rows of a batch. Call it as the prefix would be run: autocast included.
+    def __call__(self, example: Example) -> Tensor:
+        """Read, or run and store, the rows of a batch, whose `draws` say which corruption of a sample each is.
 
-        Raises ValueError for a batch without sample ids or of another length than the store's.
+        Call it as the prefix would be run: autocast included. Raises ValueError for a batch without sample ids or of another length than the store's.
         """
         ids = example.sample_ids
         if ids is None:
@@ -70,6 +71,21 @@ class CachedPrefix:
             raise ValueError(
                 f"rows of {example.input_ids.shape[1]} tokens, but this store holds rows of {self.store.shape[0]}"
             )
+        if example.draws is None:
+            return self._of_draw(example, 0)
+        draws = example.draws.cpu()
+        listed = draws.unique().tolist()
+        if len(listed) == 1:
+            return self._of_draw(example, listed[0])
+        rows = [(draws == draw).nonzero().squeeze(1) for draw in listed]
+        parts = [self._of_draw(example.rows(row), draw) for row, draw in zip(rows, listed, strict=True)]
+        joined = torch.cat(parts)
+        return joined[torch.cat(rows).argsort().to(joined.device)]
+
+    def _of_draw(self, example: Example, draw: int) -> Tensor:
+        """Rows of one draw."""
+        ids = example.sample_ids
+        assert ids is not None
         rows = torch.arange(len(ids))
         known, x = self._take(self.store, ids, draw)
         parts = [(rows[known], x)] if x is not None else []
@@ -110,11 +126,9 @@ class CachedPrefix:
         self, example: Example, rows: Tensor, draw: int, x_BTD: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """Run some rows of the batch, from the boundary at `start` or the embedding on, and store what comes out."""
-        part = _rows(example, rows)
+        part = example if len(rows) == len(example.input_ids) else example.rows(rows)
         assert part.sample_ids is not None
-        context = self.rack.make_context(
-            part.input_ids, part.attention_mask, part.position_ids, part.document_ids
-        )
+        context = context_of(self.rack, part)
         if x_BTD is None:
             x_BTD = self.rack.embed(part.input_ids, context)
         for stop in self._stops:
@@ -205,12 +219,3 @@ def stack_ends(rack: Rack) -> list[int]:
     for stack in rack.spec.stacks:
         ends.append(ends[-1] + len(stack.blocks))
     return ends[1:]
-
-
-def _rows(example: Example, rows: Tensor) -> Example:
-    """Some rows of a batch, in the order given."""
-    if len(rows) == len(example.input_ids):
-        return example
-    rows = rows.to(example.input_ids.device)
-    fields = example._asdict().items()
-    return example._replace(**{name: field[rows] for name, field in fields if field is not None})

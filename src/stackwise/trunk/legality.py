@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 class Corruption:
     """What an objective does to its inputs. `draws`: different corruptions of a sample that come again; null: each is new.
 
-    `noise`: share of corrupted tokens, lowest and highest; null where nothing is corrupted.
+    `noise`: share of corrupted tokens, lowest and highest; null where nothing is corrupted or the objective decides.
+    `on_embeddings`: noise is added to embeddings.
     """
 
     objective: str = "clm"
     draws: int | None = 1
     noise: tuple[float, float] | None = None
+    on_embeddings: bool = False
 
 
 CLM = Corruption()
@@ -61,6 +63,8 @@ def cache_refusal(
             f"the objective {corruption.objective} corrupts a sample anew at every visit; fix the number of its "
             "corruptions with mask_draws"
         )
+    if corruption.on_embeddings:
+        return "noise is added to the embeddings, which are part of the prefix"
     if written_under is not None and written_under.noise != corruption.noise:
         return (
             f"the stage trains on noise {_range(corruption.noise)}, the stage before it on "

@@ -17,7 +17,8 @@ from torch import Tensor
 from stackwise.curriculum.split import apply_training
 from stackwise.model.rack import Rack
 from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
-from stackwise.objectives.causal import CausalLM, Example
+from stackwise.objectives.base import Example
+from stackwise.objectives.causal import CausalLM
 from stackwise.trunk.store import ActivationStore
 
 

@@ -143,11 +143,15 @@ def test_draws_are_entries_of_their_own_and_come_back(kit, tmp_path):
     for draw in range(4):
         corrupted = example._replace(input_ids=(example.input_ids + draw) % 23)
         wanted = kit.computed(rack, corrupted, 4)
-        assert torch.equal(cached(corrupted, draw), wanted)
-        assert torch.equal(cached(corrupted, draw), wanted)
+        assert torch.equal(
+            cached(corrupted._replace(draws=torch.full_like(example.sample_ids, draw))), wanted
+        )
+        assert torch.equal(
+            cached(corrupted._replace(draws=torch.full_like(example.sample_ids, draw))), wanted
+        )
     assert cached.rows_run == [12] * 4
     with pytest.raises(IndexError, match="draw 4 is outside the 4 draws"):
-        cached(example, 4)
+        cached(example._replace(draws=torch.full_like(example.sample_ids, 4)))
     other, _ = open_prefix(
         manager, rack, 5, choice=True, identity=kit.IDENTITY, n_samples=12, seq_len=8, visits=99, corruption=HEAVY
     )  # fmt: skip

@@ -1,0 +1,187 @@
+"""What a rack trained on hidden tokens says about them, at every share of hidden ones.
+
+Where stacks own intervals of noise (depth as time), each row is run by the stacks that are responsible for its share.
+Shape letters: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stackwise.config.objective_rules import time_of
+from stackwise.config.rules import program_of
+from stackwise.kernels.linear import linear
+from stackwise.objectives.base import Example
+from stackwise.objectives.build import intervals_of
+from stackwise.objectives.head import context_of
+from stackwise.objectives.intervals import Intervals
+from stackwise.objectives.schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    from stackwise.config.root import StackWiseConfig
+    from stackwise.model.rack import Rack
+
+PATHS = ("rack", "alone", "suffix", "prefix")
+
+
+class Denoiser:
+    """`path`: which stacks run for the interval of a stack: rack, all; alone, the stack by itself; suffix, it and all
+    next to the head; prefix, it and all next to the embedding. `intervals` null: one, and the whole rack.
+
+    `shifted`: the hidden state before a token predicts it. `banned`: ids that are never predicted, besides `mask_id`.
+    `schedule`: for a rack that is told the time. `forwards` counts passes of rows through the rack.
+    """
+
+    def __init__(
+        self,
+        rack: Rack,
+        mask_id: int,
+        *,
+        intervals: Intervals | None = None,
+        path: str = "rack",
+        shifted: bool = False,
+        banned: Sequence[int] = (),
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        if path not in PATHS:
+            raise ValueError(f"unknown path {path!r}; allowed: {', '.join(PATHS)}")
+        if intervals is not None and intervals.count != len(rack.stacks):
+            raise ValueError(f"{intervals.count} intervals of noise for a rack of {len(rack.stacks)} stacks")
+        if intervals is None and path != "rack":
+            raise ValueError(f"the path {path} needs intervals of noise")
+        self.rack, self.mask_id, self.intervals, self.path = rack, mask_id, intervals, path
+        self.shifted, self.banned, self.schedule = shifted, (mask_id, *banned), schedule
+        self.forwards = 0
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
+        """float32 [n, V] at `positions` int64 [n], counted through the rows of input_ids [B, T]; -inf for banned ids.
+
+        `shares` [B] in (0, 1]: the share of hidden tokens of each row, which routes it; null: as it is. A position
+        without one before it is a ValueError where the rack is shifted.
+        """
+        hidden = self.hidden(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            shares=shares,
+        )
+        return self.read(hidden, positions)
+
+    def read(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """What the head makes of hidden states [B, T, D]: `logits` at `positions`."""
+        if self.shifted:
+            if bool((positions % hidden.shape[1] == 0).any()):
+                raise ValueError(
+                    "the first token of a row cannot be predicted: the model looks at the one before it"
+                )
+            positions = positions - 1
+        logits = linear(hidden.flatten(0, 1)[positions], self.rack.head.matrix).float()
+        logits[:, list(self.banned)] = -torch.inf
+        return logits
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        shares: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, [B, T, D]."""
+        if shares is None:
+            shares = self.shares_of(input_ids, attention_mask)
+        time = None if self.schedule is None else self.schedule.inverse(1 - shares.double()).float()
+        example = Example(input_ids, input_ids, attention_mask, position_ids, document_ids, time=time)
+        self.forwards += 1
+        if self.intervals is None:
+            return self._run(example, [(0, None)])
+        owners = torch.tensor([self.intervals.owner(float(share)) for share in shares])
+        listed = owners.unique().tolist()
+        if len(listed) == 1:
+            return self._run(example, self.spans(listed[0]))
+        rows = [(owners == owner).nonzero().squeeze(1) for owner in listed]
+        parts = [
+            self._run(example.rows(row), self.spans(owner)) for row, owner in zip(rows, listed, strict=True)
+        ]
+        joined = torch.cat(parts)
+        return joined[torch.cat(rows).argsort().to(joined.device)]
+
+    def shares_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Share of hidden tokens of each row, float64 [B]; at least one token counts as hidden."""
+        hidden = (input_ids == self.mask_id).sum(1)
+        present = torch.full_like(hidden, input_ids.shape[1])
+        if attention_mask is not None:
+            present = attention_mask.bool().sum(1)
+        return hidden.clamp_min(1).double() / present.clamp_min(1)
+
+    def spans(self, distance: int) -> list[tuple[int, int | None]]:
+        """Ranges of blocks, in forward order, that run for the interval of the stack at this distance from the head."""
+        ends = [0]
+        for stack in self.rack.stacks:
+            ends.append(ends[-1] + len(stack.blocks))
+        position = len(self.rack.stacks) - 1 - distance
+        first = 0 if self.path in ("rack", "prefix") else ends[position]
+        last = ends[-1] if self.path in ("rack", "suffix") else ends[position + 1]
+        tail: list[tuple[int, int | None]] = [] if self.path == "alone" else [(ends[-1], None)]
+        return [(first, last), *tail]
+
+    def _run(self, example: Example, spans: Sequence[tuple[int, int | None]]) -> Tensor:
+        context = context_of(self.rack, example)
+        x_BTD = self.rack.embed(example.input_ids, context)
+        for start, stop in spans:
+            x_BTD = self.rack.run(x_BTD, context, start, stop)
+        hidden: Tensor = self.rack.norm(x_BTD)
+        return hidden
+
+    def nll(self, example: Example, shares: Tensor | None = None) -> Tensor:
+        """-log p of every scored label of an example, float32 [n], in the order of `scored`; 0 where it has no label."""
+        assert example.scored is not None
+        scored = example.scored + 1 if self.shifted else example.scored
+        logits = self.logits(
+            example.input_ids,
+            scored,
+            attention_mask=example.attention_mask,
+            position_ids=example.position_ids,
+            document_ids=example.document_ids,
+            shares=shares,
+        )
+        return F.cross_entropy(logits, example.labels.flatten()[example.scored], reduction="none")
+
+
+def denoiser_of(rack: Rack, config: StackWiseConfig, special_ids: Sequence[int] = ()) -> Denoiser:
+    """The denoiser of a rack that was trained by a resolved configuration for mlm or diffusion."""
+    keys, progressive = config.objective, config.training.progressive
+    assert keys.mask_token_id is not None, "resolve() fills it"
+    time = time_of(config)
+    schedule = NoiseSchedule(keys.noise_schedule, keys.noise_power, keys.noise_table)
+    intervals = intervals_of(config, len(rack.stacks)) if time == "depth" else None
+    path = {"independent": "alone", "prepend": "suffix", "append": "prefix"}.get(program_of(config), "rack")
+    return Denoiser(
+        rack,
+        keys.mask_token_id,
+        intervals=intervals,
+        path=path if intervals else "rack",
+        shifted=keys.target_shift,
+        banned=[
+            i
+            for i in special_ids
+            if i != keys.mask_token_id and progressive.training_objective == "diffusion"
+        ],
+        schedule=schedule if time == "input" else None,
+    )
