@@ -10,6 +10,8 @@ from stackwise.config.notes import INERT
 from stackwise.config.rules import RULES
 from stackwise.config.shape import field_at, walk
 
+BOTH_WAYS = "model: {attention_preset: bert_style}\ntraining: {progressive: {training_objective: diffusion, enabled: false}}"
+
 BROKEN = [
     (
         "model: {d_model: 100}",
@@ -64,6 +66,11 @@ BROKEN = [
     ),
     ("model: {attention_preset: bert_style}", "model.attention_preset", "clm needs causal attention"),
     ("model: {short_conv: 1}", "model.short_conv", "covers no earlier token"),
+    (
+        "generation: {sampler: unroll, block_length: 4}",
+        "generation.block_length",
+        "cannot be set for the sampler unroll, which goes through the stacks once",
+    ),
     (
         "model: {spectral_norm: true, zero_init_outputs: true}",
         "model.zero_init_outputs",
@@ -508,7 +515,10 @@ NOTED = [
     ("generation: {temperature: 0, top_p: 0.5}", "generation.top_p has no effect"),
     ("generation: {temperature: 0, seed: 3}", "generation.seed has no effect"),
     *(
-        (f"generation: {{{key}}}", f"{key.split(':')[0]} has no effect: a causal model continues token by token")
+        (
+            f"generation: {{{key}}}",
+            f"{key.split(':')[0]} has no effect: a causal model continues token by token",
+        )
         for key in ("sampler: remask", "steps: 3", "grid: linear", "block_length: 4", "threshold: 0.5")
     ),
     (
@@ -519,7 +529,10 @@ NOTED = [
         f"generation: {{sampler: unroll, grid: linear}}\n{BOTH_WAYS}",
         "generation.grid has no effect: generation.sampler is unroll",
     ),
-    (f"generation: {{threshold: 0.5}}\n{BOTH_WAYS}", "generation.threshold has no effect: generation.sampler is conf"),
+    (
+        f"generation: {{threshold: 0.5}}\n{BOTH_WAYS}",
+        "generation.threshold has no effect: generation.sampler is conf",
+    ),
     (f"generation: {{repetition_penalty: 2.0}}\n{BOTH_WAYS}", "generation.repetition_penalty has no effect"),
     ("model: {tie_embeddings: true}", "false lets it train at every stage"),
     ("training: {progressive: {joint_tuning: false}}", "training.progressive.joint_tuning is off"),

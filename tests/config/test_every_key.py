@@ -161,6 +161,8 @@ GROW = {"training.progressive.building_mode": "grow", "training.max_steps": 100}
 CYCLIC = {"training.progressive.building_mode": "cyclic", "training.max_steps": 100}
 ALONE = {"training.progressive.building_mode": "independent", "training.max_steps": 100}
 STEPS = {"training.max_steps": 100}
+MASKED = {"training.progressive.training_objective": "mlm"}
+TOLD = {**MASKED, "training.progressive.time_interpretation": "input"}
 ALONG = {"training.progressive.qlora_strategy": "progressive"}
 
 PROOFS: dict[str, Proof] = {
@@ -250,6 +252,12 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.train_head": course("first", STEPS),
     "training.progressive.train_embedding": course("never", STEPS),
     "training.progressive.global_head_blocks": rack(0),
+    "training.progressive.time_interpretation": rack("input", MASKED),
+    "training.progressive.time_embedding_dim": rack(96, TOLD),
+    "training.progressive.time_encoding_type": rack("learned", TOLD),
+    "training.progressive.time_conditioning": rack("adaln", TOLD),
+    "training.progressive.num_time_steps": rack(50, TOLD),
+    "training.progressive.time_per_stack": rack(50, TOLD),
     "training.progressive.joint_tuning": course(False, STEPS),
     "training.progressive.joint_tuning_fraction": course(0.5, STEPS),
     "training.progressive.growth_optimizer": course("carry", STEPS),
@@ -292,6 +300,7 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "training.progressive.consistency_weight": "tests/training/test_consistency.py::test_runs_hold_new_stacks_to_it_and_no_others",
     "training.stages.N.cache": "tests/curriculum/test_own_keys.py::test_a_stage_decides_about_its_own_store",
     "checkpoint.init_from": "tests/curriculum/test_start.py::"
     "test_init_from_starts_from_the_weights_of_another_run",
@@ -310,6 +319,11 @@ PROVEN_ELSEWHERE = {
     "data.tokenizer": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
     "data.text_key": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
     "data.max_bytes": "tests/data/test_sources.py::test_max_bytes_ends_the_text_at_the_last_whole_character",
+    "generation.sampler": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
+    "generation.steps": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
+    "generation.grid": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
+    "generation.block_length": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
+    "generation.threshold": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
     "training.progressive.cache_activations": "tests/trunk/store/test_decide.py::test_open_prefix_decides_by_the_stage",
     "training.progressive.cache_dir": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
     "training.progressive.cache_max_bytes": "tests/trunk/store/test_manager.py::test_the_manager_does_as_the_keys_say",
