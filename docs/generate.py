@@ -25,6 +25,7 @@ DOCS = Path(__file__).parent
 HEADINGS = {
     "base": "Parents",
     "model": "Model",
+    "objective": "Objective",
     "training": "Training",
     "training.optimizer": "Optimizer",
     "training.progressive": "Growth",

@@ -16,7 +16,7 @@ from stackwise.config.schema import schema_rows
 from stackwise.data.tokenizers import load_tokenizer
 
 VERBS = [
-    "demo", "train", "plan", "generate", "chat", "eval", "report", "info", "runs", "cache", "config show", "config validate",
+    "demo", "train", "plan", "generate", "fill", "embed", "chat", "eval", "report", "info", "runs", "cache", "config show", "config validate",
     "config schema", "tokenizer train", "data prepare",
 ]  # fmt: skip
 
