@@ -211,6 +211,14 @@ def test_blocks_equal_their_formula(ffn_type, formula, placement):
     torch.testing.assert_close(block(x, context), expected, atol=1e-9, rtol=1e-9)
 
 
+def test_with_a_residual_gain_of_zero_every_block_is_the_identity_and_with_one_it_is_plain():
+    ids = torch.randint(0, 53, (2, 5))
+    still, plain, full = (Rack(rack_spec(config(residual_gain=g)), seed=3) for g in (0.0, None, 1.0))
+    assert torch.equal(still(ids), still.head(still.norm(still.look_up(ids))))
+    assert torch.equal(plain(ids), full(ids))
+    assert not torch.equal(plain(ids), still(ids))
+
+
 def test_a_rack_built_at_once_starts_like_one_grown_stack_by_stack():
     spec = rack_spec(config())
     whole = Rack(spec, seed=7)

@@ -71,6 +71,15 @@ CONFIGS = {
         "training__progressive__building_mode": "prepend",
         "training__optimizer__optimizer_type": "SGD",
     },
+    "spectral norm": {**APPEND, "model__spectral_norm": True},
+    "time as scale and shift": {
+        **APPEND,
+        "model__attention_preset": "bert_style",
+        "training__progressive__training_objective": "diffusion",
+        "training__progressive__time_interpretation": "input",
+        "training__progressive__time_encoding_type": "learned",
+        "training__progressive__time_conditioning": "adaln",
+    },
     "cyclic": {
         **TWO,
         "training__progressive__building_mode": "cyclic",

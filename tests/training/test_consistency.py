@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from stackwise.curriculum.stage import Growth, Stage
 from stackwise.model.rack import Rack
 from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
 from stackwise.objectives.causal import CausalLM
 from stackwise.objectives.diffusion import Diffusion
 from stackwise.objectives.masked import Vocabulary
-from stackwise.training.consistency import Consistency, distance
+from stackwise.training.consistency import Consistency, consistency_of, distance
 from stackwise.training.errors import Interrupted
 from stackwise.training.loop import Engine
 from stackwise.training.run import train
@@ -91,6 +94,29 @@ def test_the_term_does_not_depend_on_how_a_step_is_cut():
         return torch.stack(terms).sum() / 5
 
     torch.testing.assert_close(total((0, 3)), total((0, 1), (1, 3)), rtol=1e-6, atol=0)
+
+
+def test_it_is_for_the_stack_that_was_prepended_last_and_takes_the_noise_of_the_stage_before(tiny):
+    config, rack = tiny(training__progressive__consistency_weight=0.1), rack_of()
+    prepended, appended = Growth("prepend", 2), Growth("append", 2)
+    first = Stage("1", 1, ("all",), 5, noise=(0.0, 0.5))
+    halves = [
+        Stage("2", 2, (f"block:0.{i}",), 5, noise=(0.5, 1.0), grow=(prepended, None)[i]) for i in (0, 1)
+    ]
+    held = Consistency(0.1, 2, (0.0, 0.5))
+
+    def of(units, stages, index, settings=config):
+        return consistency_of(settings, stages, index, rack, units)
+
+    assert of({"stack:s0", "norm"}, [first, halves[0]], 1) == held
+    assert of({"block:s0.1"}, [first, *halves], 2) == held
+    assert of({"lora.stack:s0"}, [first, *halves], 2) == held
+    assert of({"stack:s0"}, [first, *halves], 0) is None
+    assert of({"stack:s0", "stack:s1"}, [first, *halves], 2) is None
+    assert of({"stack:s1"}, [first, *halves], 2) is None
+    assert of({"stack:s0"}, [first, replace(halves[0], grow=appended)], 1) is None
+    assert of({"stack:s0"}, [first, replace(halves[0], alone=1)], 1) is None
+    assert of({"stack:s0"}, [first, halves[0]], 1, tiny()) is None
 
 
 def prepending(tiny, **keys):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import appends, stacks_at_the_end
 from stackwise.model.settings import AttentionFields, ModelSettings, attention_fields
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import BlockSpec, RackSpec, StackSpec, TimeSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -59,6 +60,19 @@ def is_tied(config: StackWiseConfig) -> bool:
     return not appends(config) if tied is None else tied
 
 
+def time_spec(config: StackWiseConfig) -> TimeSpec | None:
+    """How the rack is told the time of the noise; null where it is not."""
+    if time_of(config) != "input":
+        return None
+    keys = config.training.progressive
+    return TimeSpec(
+        keys.time_embedding_dim or config.model.d_model,
+        keys.num_time_steps or stacks_at_the_end(config) * keys.time_per_stack,
+        keys.time_encoding_type,
+        keys.time_conditioning,
+    )
+
+
 def tail_blocks(config: StackWiseConfig) -> int:
     """Global head blocks of the rack: an append run has them."""
     return config.training.progressive.global_head_blocks if appends(config) else 0
@@ -101,5 +115,6 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         tied=is_tied(config),
         dropout=model.dropout,
         embedding_norm=model.embedding_norm,
+        time=time_spec(config),
         planned_blocks=sum(map(len, stacks)) + len(tail),
     )
