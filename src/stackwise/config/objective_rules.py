@@ -198,6 +198,14 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackW
         lambda c: c.objective.noise_schedule != "table",
         "objective.noise_schedule is not table",
     ),
+    *(
+        (
+            f"training.progressive.{name}",
+            lambda c: time_of(c) != "input",
+            f"the model is told no time: {TIME} is not input",
+        )
+        for name in ("time_embedding_dim", "time_encoding_type", "time_sampling", "time_conditioning")
+    ),
     ("evaluation.passes", _unless("mlm", "diffusion"), _why),
     ("objective.clip", lambda c: c.objective.weight != "clipped", "objective.weight is not clipped"),
     ("objective.t_eps", lambda c: c.objective.form != "t", "objective.form is not t"),
