@@ -153,6 +153,13 @@ def test_rack_denoise_is_the_same_call_and_leaves_the_rack_as_it_was() -> None:
     assert done.ids.shape == (2, 12)
 
 
+def test_rack_denoise_routes_by_intervals_where_they_are_given() -> None:
+    rack, rows = rack_of(), torch.full((2, 9), MASK)
+    by_call = rack.denoise(rows, mask_id=MASK, intervals=Intervals.linear(3), path="alone", sampler="unroll")
+    assert torch.equal(by_call.ids, denoise(denoiser_of(rack, "alone"), rows, sampler="unroll").ids)
+    assert by_call.forwards == 3
+
+
 def test_the_rack_is_left_as_it_was_also_by_an_error() -> None:
     rack = rack_of().train()
 

@@ -17,6 +17,8 @@ from stackwise.inference.samplers import SAMPLERS
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.denoiser import Denoiser
+from stackwise.objectives.intervals import Intervals
+from stackwise.objectives.schedules import NoiseSchedule
 
 GRIDS = ("cosine", "linear")
 
@@ -124,15 +126,19 @@ def denoise_rack(
     input_ids: Tensor,
     *,
     mask_id: int,
-    banned: Collection[int] = (),
+    intervals: Intervals | None = None,
+    path: str = "rack",
     shifted: bool = False,
+    banned: Collection[int] = (),
+    schedule: NoiseSchedule | None = None,
     **options: Any,
 ) -> Denoised:
-    """`denoise` with all stacks of a rack: the mask tokens `mask_id` of `input_ids` [B, T] are filled.
+    """`denoise` with a rack: the mask tokens `mask_id` of `input_ids` [B, T] are filled.
 
-    `banned`: further ids that are never drawn; `shifted`: the rack predicts each token at the position before it, as
-    one that was causal does. The rack runs in eval mode, without gradients, and is left as it was. A rack whose stacks
-    own intervals of noise is sampled with `denoise(denoiser_of(rack, config), ...)`.
+    How the rack predicts: `intervals` and `path` for stacks that own intervals of noise, `shifted` for one that looks
+    at the token before, `schedule` for one that is told the time; `banned` ids are never drawn. See
+    `objectives.denoiser.Denoiser`; `denoiser_of` reads all this from a configuration. The rack runs in eval mode,
+    without gradients, and is left as it was.
 
     Raises: ValueError for a causal rack, IndexError for a `mask_id` outside the vocabulary; what `denoise` raises.
     """
@@ -140,7 +146,15 @@ def denoise_rack(
     rack._check_ids(input_ids)
     if not 0 <= mask_id < rack.spec.vocab_size:
         raise IndexError(f"mask_id {mask_id} is outside the vocabulary of {rack.spec.vocab_size}")
-    denoiser = Denoiser(rack, mask_id, banned=tuple(banned), shifted=shifted)
+    denoiser = Denoiser(
+        rack,
+        mask_id,
+        intervals=intervals,
+        path=path,
+        shifted=shifted,
+        banned=tuple(banned),
+        schedule=schedule,
+    )
     with eval_mode(rack):
         return denoise(denoiser, input_ids.to(rack.device), **options)
 
