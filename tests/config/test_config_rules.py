@@ -67,6 +67,11 @@ BROKEN = [
     ("model: {attention_preset: bert_style}", "model.attention_preset", "clm needs causal attention"),
     ("model: {short_conv: 1}", "model.short_conv", "covers no earlier token"),
     (
+        "model: {short_conv: 2, attention_preset: bert_style}\ntraining: {progressive: {training_objective: mlm}}",
+        "model.short_conv",
+        "is even, so a bidirectional model, which looks both ways, has no middle for it",
+    ),
+    (
         "generation: {sampler: unroll, block_length: 4}",
         "generation.block_length",
         "cannot be set for the sampler unroll, which goes through the stacks once",

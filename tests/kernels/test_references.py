@@ -12,6 +12,7 @@ from stackwise.kernels.linear_cross_entropy import linear_cross_entropy, linear_
 from stackwise.kernels.product import prefers_onednn, pytorch_products
 from stackwise.kernels.rms_norm import rms_norm, rms_norm_reference
 from stackwise.kernels.short_conv import short_conv, short_conv_reference
+from stackwise.model.visibility import Visibility
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
@@ -44,6 +45,35 @@ def test_rms_norm(dtype, shape):
 @pytest.mark.parametrize(("length", "width"), [(9, 3), (2, 4), (1, 2), (33, 5)])
 def test_short_conv(dtype, length, width):
     compare(short_conv, short_conv_reference, [torch.randn(2, length, 12), torch.randn(width, 12)], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_short_conv_both_ways(dtype, length, width):
+    def both(x, w):
+        return short_conv(x, w, both_ways=True)
+
+    def torch_conv(x, w):
+        order = (
+            [width // 2 * 2 - 1 - 2 * i for i in range(width // 2)],
+            [2 * i for i in range(width // 2 + 1)],
+        )
+        taps = w[[*order[0], *order[1]]]  # from the earliest token to the last
+        y = torch.nn.functional.conv1d(
+            x.transpose(1, 2), taps.t().unsqueeze(1), padding=width // 2, groups=x.shape[2]
+        )
+        return y.transpose(1, 2)
+
+    compare(both, torch_conv, [torch.randn(2, length, 12), torch.randn(width, 12)], dtype)
+
+
+def test_short_conv_both_ways_stops_at_documents():
+    x, w = torch.randn(1, 7, 4), torch.randn(5, 4)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    same = Visibility(7, document_ids=documents).same_document(5)
+    expected = torch.cat([short_conv(part, w, both_ways=True) for part in (x[:, :3], x[:, 3:])], 1)
+    torch.testing.assert_close(short_conv(x, w, same, both_ways=True), expected)
 
 
 def test_short_conv_stops_at_documents():

@@ -57,7 +57,7 @@ def test_simple_rack_has_the_size_it_was_asked_for():
             "did you mean 'swiglu'",
         ),
         (lambda: create_simple_rack(1, 1, 32, 64, 4, 50, norm="rms"), ValueError, "unknown norm"),
-        (lambda: create_simple_rack(1, 1, 32, 64, 4, 50, short_conv=3), ValueError, "needs causal attention"),
+        (lambda: create_simple_rack(1, 1, 32, 64, 4, 50, short_conv=2), ValueError, "has no middle"),
         (
             lambda: create_simple_rack(1, 1, 32, 64, 4, 50, attention_preset="custom"),
             ValueError,

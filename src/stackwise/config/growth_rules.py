@@ -26,7 +26,7 @@ BLOCK_RULES: tuple[Check, ...] = (
     rules.kv_heads_divide_the_heads,
     rules.frozen_up_projection_has_a_gate,
     rules.clm_needs_causal_attention,
-    rules.short_conv_needs_width_and_causality,
+    rules.short_conv_has_a_width,
 )
 """What holds for the model's blocks and for those of every unlike stack."""
 

@@ -207,17 +207,13 @@ def clm_needs_causal_attention(config: StackWiseConfig) -> Problem | None:
 
 
 @rule("model.short_conv", "model.attention_preset", "model.attention_overrides.attention_mode")
-def short_conv_needs_width_and_causality(config: StackWiseConfig) -> Problem | None:
+def short_conv_has_a_width(config: StackWiseConfig) -> Problem | None:
     width = config.model.short_conv
     if width == 1:
         return Problem("model.short_conv", "covers no earlier token", width, "0, or 2 and more")
-    if width and config.model.attention["attention_mode"] != "causal":
-        return Problem(
-            "model.short_conv",
-            "looks at earlier tokens only, so it needs causal attention",
-            width,
-            hint="set it to 0 for a bidirectional model",
-        )
+    if width % 2 == 0 and width and config.model.attention["attention_mode"] != "causal":
+        message = "is even, so a bidirectional model, which looks both ways, has no middle for it"
+        return Problem("model.short_conv", message, width, f"0, or odd, such as {width + 1}")
     return None
 
 

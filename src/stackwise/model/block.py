@@ -29,7 +29,7 @@ class Context(NamedTuple):
 class Block(PlainNames):
     """Attention and feed-forward around a residual stream.
 
-    With `short_conv`, a short causal convolution runs over the input of both.
+    With `short_conv`, a short convolution runs over the input of both.
 
     pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
     Where the rack is told the time that way, a scale and a shift follow each N (see `model.time`).
@@ -51,8 +51,12 @@ class Block(PlainNames):
         self.attn = ATTENTIONS.get(spec.attention_type)(spec)
         self.ffn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
         self.ffn = FEED_FORWARDS.get(spec.ffn_type)(spec)
-        self.attn_conv = ShortConv(spec.d_model, spec.short_conv, "attn") if spec.short_conv else None
-        self.ffn_conv = ShortConv(spec.d_model, spec.short_conv, "ffn") if spec.short_conv else None
+        self.attn_conv = (
+            ShortConv(spec.d_model, spec.short_conv, "attn", not spec.causal) if spec.short_conv else None
+        )
+        self.ffn_conv = (
+            ShortConv(spec.d_model, spec.short_conv, "ffn", not spec.causal) if spec.short_conv else None
+        )
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.gain, self.pre = spec.residual_gain, spec.norm_placement == "pre"
         self.requires_grad_(True)

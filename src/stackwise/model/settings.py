@@ -155,7 +155,7 @@ class ModelSettings(Settings):
     spectral_norm: Flag = False
     """Divide every matrix of a stack by its largest singular value while the stack trains, which bounds what a block can change; folded into plain weights where it freezes and at the end of the run."""
     short_conv: NonNegativeInt = 0
-    """Tokens covered by a causal depthwise convolution on the input of attention and feed-forward, 0 or 2 and more; 0 is off. A few parameters that pay well on character and byte models."""
+    """Tokens covered by a depthwise convolution on the input of attention and feed-forward, 0 or 2 and more; 0 is off. It looks back under causal attention, else both ways, and its width is then odd. A few parameters that pay well on character and byte models."""
     zero_init_outputs: Flag = False
     """Start the output projections of attention and feed-forward at zero, so that every block starts as the identity; the head, too, when it is not tied."""
 

@@ -69,8 +69,8 @@ class BlockSpec:
             found.append(f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}")
         if self.short_conv < 0 or self.short_conv == 1:
             found.append(f"short_conv must be 0 (off) or at least 2, got {self.short_conv}")
-        if self.short_conv and not self.causal:
-            found.append("short_conv looks at earlier tokens only, so it needs causal attention")
+        if self.short_conv and not self.causal and self.short_conv % 2 == 0:
+            found.append(f"short_conv {self.short_conv} of a bidirectional block is even: it has no middle")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.residual_gain <= 1:
