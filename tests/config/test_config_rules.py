@@ -65,6 +65,38 @@ BROKEN = [
         "needs one number per stack, 2 in all, got [1.0, 2.0, 3.0]",
     ),
     ("model: {attention_preset: bert_style}", "model.attention_preset", "clm needs causal attention"),
+    (
+        "training: {progressive: {time_interpretation: depth}}",
+        "training.progressive.time_interpretation",
+        "the objective clm has no noise",
+    ),
+    ("objective: {mask_prob: 0.7}", "objective.mask_prob", "sums to 0.9, not 1"),
+    ("objective: {clip: [0.8, 0.3]}", "objective.clip", "does not rise, got [0.8, 0.3]"),
+    (
+        "objective: {min_mask_fraction: 0.95}",
+        "objective.min_mask_fraction",
+        "is above objective.max_mask_fraction 0.9",
+    ),
+    ("objective: {noise_schedule: table}", "objective.noise_table", "the table schedule needs its shares"),
+    (
+        "objective: {noise_schedule: table, noise_table: [0, 0.6, 0.5, 1]}",
+        "objective.noise_table",
+        "does not rise from 0 to 1",
+    ),
+    ("objective: {predict: noise}", "objective.predict", "only gaussian corruption adds noise"),
+    (
+        "objective: {corruption: bert}\nmodel: {attention_preset: bert_style}\n"
+        "training: {progressive: {training_objective: diffusion}}",
+        "objective.corruption",
+        "diffusion hides tokens",
+    ),
+    (
+        "objective: {mask_token_id: 300}\nmodel: {attention_preset: bert_style, vocab_size: 258}\n"
+        "training: {progressive: {training_objective: mlm}}",
+        "objective.mask_token_id",
+        "is outside the vocabulary, got 300",
+    ),
+    ("objective: {loss_fn: 'mine:loss'}", "objective.loss_fn", "the objective clm has its own loss"),
     ("model: {short_conv: 1}", "model.short_conv", "covers no earlier token"),
     (
         "model: {short_conv: 2, attention_preset: bert_style}\ntraining: {progressive: {training_objective: mlm}}",
