@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stackwise.config.notes import tunes_jointly
 from stackwise.config.objective_rules import time_of
-from stackwise.config.rules import program_of
 from stackwise.kernels.linear import linear
-from stackwise.objectives.base import Example
-from stackwise.objectives.build import intervals_of
+from stackwise.kernels.linear_cross_entropy import chunk_rows
+from stackwise.objectives.base import IGNORE, Example
+from stackwise.objectives.depth import stack_noise
 from stackwise.objectives.head import context_of
 from stackwise.objectives.intervals import Intervals
 from stackwise.objectives.schedules import NoiseSchedule
@@ -90,6 +91,10 @@ class Denoiser:
                     "the first token of a row cannot be predicted: the model looks at the one before it"
                 )
             positions = positions - 1
+        return self._head(hidden, positions)
+
+    def _head(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """float32 [n, V] from the hidden states at `positions`."""
         logits = linear(hidden.flatten(0, 1)[positions], self.rack.head.matrix).float()
         logits[:, list(self.banned)] = -torch.inf
         return logits
@@ -149,29 +154,44 @@ class Denoiser:
         hidden: Tensor = self.rack.norm(x_BTD)
         return hidden
 
-    def nll(self, example: Example, shares: Tensor | None = None) -> Tensor:
-        """-log p of every scored label of an example, float32 [n], in the order of `scored`; 0 where it has no label."""
+    def judge(self, example: Example, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(-log p of every scored label, float32 [n]; whether the label is the likeliest token, bool [n]).
+
+        In the order of `scored`; 0 and false where a position has no label. `shares` as of `logits`.
+        """
         assert example.scored is not None
-        scored = example.scored + 1 if self.shifted else example.scored
-        logits = self.logits(
+        hidden = self.hidden(
             example.input_ids,
-            scored,
             attention_mask=example.attention_mask,
             position_ids=example.position_ids,
             document_ids=example.document_ids,
             shares=shares,
         )
-        return F.cross_entropy(logits, example.labels.flatten()[example.scored], reduction="none")
+        labels = example.labels.flatten()[example.scored]
+        nll, right = [], []
+        size = chunk_rows(len(self.rack.head.matrix), device=hidden.device.type)
+        for positions, wanted in zip(example.scored.split(size), labels.split(size), strict=True):
+            logits = self._head(hidden, positions)  # labels are aligned with the positions that predict them
+            nll.append(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none"))
+            right.append(logits.argmax(-1) == wanted)
+        return torch.cat(nll), torch.cat(right)
 
 
 def denoiser_of(rack: Rack, config: StackWiseConfig, special_ids: Sequence[int] = ()) -> Denoiser:
-    """The denoiser of a rack that was trained by a resolved configuration for mlm or diffusion."""
+    """The denoiser of a rack that was trained by a resolved configuration for mlm or diffusion.
+
+    Where time is depth, the stacks that trained on a share of noise run for it. A joint phase makes the stacks one
+    denoiser: the whole rack runs at every share.
+    """
     keys, progressive = config.objective, config.training.progressive
     assert keys.mask_token_id is not None, "resolve() fills it"
     time = time_of(config)
     schedule = NoiseSchedule(keys.noise_schedule, keys.noise_power, keys.noise_table)
-    intervals = intervals_of(config, len(rack.stacks)) if time == "depth" else None
-    path = {"independent": "alone", "prepend": "suffix", "append": "prefix"}.get(program_of(config), "rack")
+    shares_out = time == "depth" and not tunes_jointly(config)
+    intervals = stack_noise(config, len(rack.stacks)).routes if shares_out else None
+    path = {"independent": "alone", "prepend": "suffix", "append": "prefix"}.get(
+        progressive.building_mode, "rack"
+    )
     return Denoiser(
         rack,
         keys.mask_token_id,

@@ -1,0 +1,72 @@
+"""The windows of held-out text that hidden tokens are measured on, numbered the same in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from stackwise.data.corpus import TokenSplit
+from stackwise.data.loader import EvalLoader
+from stackwise.data.reference import counts_of
+from stackwise.model.rack import Rack
+from stackwise.training.validate import bits_per_byte
+
+Batch = dict[str, Tensor]
+
+
+class Windows:
+    """Windows of `seq_len` tokens, without overlap; `batches` limits them to `batches * batch_size`, spread evenly.
+
+    `packing`, `doc_mask` and `pad_id` are those of the training data. ValueErrors: windows longer than the rack's
+    `max_seq_len`, token ids it does not know.
+    """
+
+    def __init__(
+        self,
+        rack: Rack,
+        split: TokenSplit,
+        *,
+        seq_len: int,
+        batch_size: int,
+        batches: int | None = None,
+        packing: bool = True,
+        doc_mask: bool = True,
+        pad_id: int | None = None,
+    ) -> None:
+        if seq_len > rack.spec.max_seq_len:
+            raise ValueError(
+                f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
+            )
+        split.check_vocabulary(rack.spec.vocab_size)
+        self.seq_len = seq_len
+        self._loader = EvalLoader(
+            split,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            batches=batches,
+            packing=packing,
+            doc_mask=doc_mask,
+            pad_id=pad_id,
+        )
+
+    @property
+    def count(self) -> int:
+        return self._loader.rows
+
+    def of_pass(self, number: int) -> Iterator[Batch]:
+        """The batches, with the pass as `draws` [B] and the numbers of the windows as `places` [B]."""
+        place = 0
+        for batch in self._loader:
+            rows = len(batch["input_ids"])
+            places = torch.arange(place, place + rows)
+            place += rows
+            yield {**batch, "draws": torch.full_like(places, number), "places": places}
+
+
+def per_byte(nats_per_token: float, split: TokenSplit, unscored: Sequence[int]) -> float | None:
+    """Bits per byte of a split of which the ids `unscored` cost nothing; null where it does not know its bytes."""
+    counts = counts_of(split)
+    counts[[i for i in unscored if i < len(counts)]] = 0
+    return bits_per_byte(nats_per_token, int(counts.sum()), split.n_bytes)
