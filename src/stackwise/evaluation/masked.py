@@ -166,7 +166,7 @@ def pseudo_perplexity(
         for row in rows.of_pass(0):
             places = eligible_of(denoiser, row, special_ids)[0].nonzero().squeeze(1)
             tokens += len(places)
-            for hidden in places.split(batch_size):
+            for hidden in places.split(batch_size) if len(places) else ():
                 example = one_hidden(denoiser, row, hidden)
                 shares = torch.full((len(hidden),), 1 / len(places), dtype=torch.float64)
                 nll, hits = denoiser.judge(example.to(rack.device), shares)
