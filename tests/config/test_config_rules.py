@@ -12,6 +12,11 @@ from stackwise.config.shape import field_at, walk
 
 BOTH_WAYS = "model: {attention_preset: bert_style}\ntraining: {progressive: {training_objective: diffusion, enabled: false}}"
 
+DEPTH = (
+    "model: {attention_preset: bert_style}\n"
+    "training: {progressive: {building_mode: independent, training_objective: diffusion, %s}}"
+)
+
 BROKEN = [
     (
         "model: {d_model: 100}",
@@ -342,6 +347,90 @@ BROKEN = [
         "training: {stages: [{train: [heads], max_steps: 2}]}",
         "training.stages.0",
         "trains 'heads', which matches nothing in a rack of 2 stacks with 4, 4 blocks; known: all, new,",
+    ),
+    (
+        "training: {progressive: {time_interpretation: depth}}",
+        "training.progressive.time_interpretation",
+        "the objective clm has no noise, got 'depth'; allowed: auto, none",
+    ),
+    (
+        BOTH_WAYS.replace("enabled: false", "enabled: false, time_interpretation: depth"),
+        "training.progressive.time_interpretation",
+        "no stack has a stage of its own, got 'depth'",
+    ),
+    (
+        DEPTH % "num_time_steps: 300",
+        "training.progressive.num_time_steps",
+        "2 stacks of 100 time steps make 200, got 300; allowed: 200",
+    ),
+    (
+        DEPTH % "stack_time_mapping: custom",
+        "training.progressive.stack_time_mapping",
+        "custom without boundaries",
+    ),
+    (
+        DEPTH % "stack_time_mapping: custom, time_boundaries: [0, 0.2, 0.6, 1]",
+        "training.progressive.time_boundaries",
+        "4 boundaries for 2 stacks",
+    ),
+    (
+        DEPTH % "stack_time_mapping: custom, time_boundaries: [0, 0, 1]",
+        "training.progressive.time_boundaries",
+        "not monotone at number 2",
+    ),
+    (
+        DEPTH % "time_step_mask_fractions: [0.9, 0.15]",
+        "training.progressive.time_step_mask_fractions",
+        "not lightest first",
+    ),
+    (
+        "training: {stages: [{train: [all], max_steps: 1, noise: [0, 1]}]}",
+        "training.stages.0.noise",
+        "the objective clm hides no tokens",
+    ),
+    (
+        BOTH_WAYS.replace(
+            "{progressive", "{stages: [{train: [all], max_steps: 1, eval_noise: [1, 0]}], progressive"
+        ),
+        "training.stages.0.eval_noise",
+        "is no range, got [1.0, 0.0]",
+    ),
+    ("objective: {mask_prob: 0.7}", "objective.mask_prob", "sums to 0.9, not 1, got 0.7"),
+    ("objective: {clip: [0.8, 0.3]}", "objective.clip", "does not rise, got [0.8, 0.3]"),
+    (
+        "objective: {min_mask_fraction: 0.95}",
+        "objective.min_mask_fraction",
+        "is above objective.max_mask_fraction 0.9, got 0.95",
+    ),
+    (
+        "objective: {noise_schedule: table}",
+        "objective.noise_table",
+        "the table schedule needs its shares, got null",
+    ),
+    (
+        "objective: {noise_schedule: table, noise_table: [0, 0.5, 0.5, 1]}",
+        "objective.noise_table",
+        "does not rise from 0 to 1 at every entry",
+    ),
+    (
+        "objective: {predict: noise}",
+        "objective.predict",
+        "only gaussian corruption adds noise, got 'noise'; allowed: token; set objective.corruption to gaussian",
+    ),
+    (
+        BOTH_WAYS + "\nobjective: {corruption: bert}",
+        "objective.corruption",
+        "random and kept ones would have no likelihood bound, got 'bert'",
+    ),
+    (
+        BOTH_WAYS.replace("bert_style}", "bert_style, vocab_size: 9}") + "\nobjective: {mask_token_id: 9}",
+        "objective.mask_token_id",
+        "is outside the vocabulary, got 9; allowed: 0 to 8",
+    ),
+    (
+        "objective: {loss_fn: 'some:function'}",
+        "objective.loss_fn",
+        "the objective clm has its own loss, got 'some:function'; set training.progressive.training_objective to custom",
     ),
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),

@@ -234,6 +234,8 @@ PROOFS: dict[str, Proof] = {
     "training.stages.N.optimizer_state": stage("carry"),
     "training.stages.N.alone": stage(1, train=["stack:1"]),
     "training.stages.N.data_start": stage(3),
+    "training.stages.N.noise": stage([0.2, 0.5]),
+    "training.stages.N.eval_noise": stage([0.2, 0.5]),
     "training.stages.N.seq_len": stage(8),
     "training.stages.N.batch_size": stage(2),
     "training.stages.N.precision": item(

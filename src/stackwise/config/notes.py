@@ -12,6 +12,7 @@ from stackwise.config import (
     objective_rules,
     precision_rules,
     residency_rules,
+    time_rules,
 )
 from stackwise.config.rules import appends, program_of, stacks_at_the_end
 
@@ -190,6 +191,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     *residency_rules.INERT,
     *cache_rules.INERT,
     *objective_rules.INERT,
+    *time_rules.INERT,
     (
         "training.progressive.progressive_qlora",
         lambda c: c.training.progressive.qlora_enabled and not grows(c) and program_of(c) != "by_hand",
@@ -205,6 +207,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
 ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
     *adapter_rules.ADVICE,
     *objective_rules.ADVICE,
+    *time_rules.ADVICE,
     (
         lambda c: grows(c) and appends(c) and c.model.tie_embeddings is True,
         "model.tie_embeddings: the tied head counts as embedding and stays fixed between the first stage "

@@ -21,8 +21,13 @@ def masks(config: StackWiseConfig) -> bool:
     return config.training.progressive.training_objective in ("mlm", "diffusion")
 
 
-def label_of(config: StackWiseConfig) -> str:
-    """What a held-out loss is: the exact likelihood, a bound of it, or pseudo (no likelihood of the text)."""
+def label_of(config: StackWiseConfig, noise: tuple[float, float] | None = None) -> str:
+    """What a held-out loss is: the exact likelihood, a bound of it, or pseudo (no likelihood of the text).
+
+    Over a range of `noise` a bound becomes part of a bound; at a single share there is none.
+    """
+    if noise is not None and config.training.progressive.training_objective == "diffusion":
+        return "part of a bound" if noise[0] < noise[1] else "pseudo"
     return {"clm": "exact", "diffusion": "bound"}.get(
         config.training.progressive.training_objective, "pseudo"
     )
@@ -164,12 +169,23 @@ MASKED_KEYS = (
     "noise_schedule",
     "t_sampling",
     "min_mask_fraction",
+    "max_mask_fraction",
+    "mask_schedule_type",
     "mask_draws",
     "nested_masks",
     "random_length_fraction",
     "target_shift",
 )
 DIFFUSION_KEYS = ("weight", "form")
+
+
+def _reads_schedule(config: StackWiseConfig) -> bool:
+    """Whether shares of noise and times are turned into each other."""
+    if time_of(config) == "input":
+        return True
+    diffuses = config.training.progressive.training_objective == "diffusion"
+    return diffuses and (config.objective.form == "t" or corruption_of(config) == "gaussian")
+
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackWiseConfig], str]]] = [
     *((f"objective.{name}", _unless("mlm", "diffusion"), _why) for name in MASKED_KEYS),
@@ -205,6 +221,17 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackW
             f"the model is told no time: {TIME} is not input",
         )
         for name in ("time_embedding_dim", "time_encoding_type", "time_sampling", "time_conditioning")
+    ),
+    (
+        "objective.noise_schedule",
+        lambda c: masks(c) and not _reads_schedule(c),
+        "shares of masked tokens are drawn evenly, which needs no time; form t, gaussian corruption and a model that is "
+        "told the time read it",
+    ),
+    (
+        "objective.t_sampling",
+        lambda c: c.training.progressive.training_objective == "mlm" and time_of(c) == "none",
+        "every row has the same share of masked tokens",
     ),
     ("evaluation.passes", _unless("mlm", "diffusion"), _why),
     ("objective.clip", lambda c: c.objective.weight != "clipped", "objective.weight is not clipped"),

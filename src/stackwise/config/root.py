@@ -17,6 +17,7 @@ from stackwise.config import (  # they add their rules
     optimizer_rules,  # noqa: F401
     precision_rules,  # noqa: F401
     residency_rules,  # noqa: F401
+    time_rules,  # noqa: F401
 )
 from stackwise.config.base import Settings
 from stackwise.config.deprecated import translate_deprecated

@@ -16,6 +16,7 @@ from stackwise.config.shape import names_of
 from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.builder_adapters import BuilderAdapters
 from stackwise.curriculum.builder_precision import BuilderPrecision
+from stackwise.curriculum.builder_time import check_time
 from stackwise.curriculum.growth import adopt, grow
 from stackwise.curriculum.layout import new_stack
 from stackwise.curriculum.settings import CurriculumKeys
@@ -91,6 +92,7 @@ class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
         `stack`: a module of your own to add as it is. With `training.progressive.qlora_enabled`, or a `qlora_rank` or
         `qlora_alpha` of its own, the stack gets an adapter set `stack`; with `progressive_qlora` the older ones get a
         set `trunk`. More than `max_stacks`, another width, n_blocks < 1, an unknown precision or a rank < 1: ValueError.
+        Where time is depth, so is a stack for which no noise is left, and growth at the other end than the mode's warns.
         """
         return self._arrive(stack, n_blocks, precision, qlora_rank, qlora_alpha, at_left=False)
 
@@ -114,6 +116,7 @@ class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
         alpha: float | None,
         at_left: bool,
     ) -> Stack:
+        check_time(self.config, self.building_mode, self.n_stacks, at_left)
         mode = self._mode(precision)
         needs_set = mode is not None and mode_of(mode).adapters
         if needs_set and rank is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.model.describe import tail_blocks
+from stackwise.objectives.depth import stack_noise
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -68,6 +70,15 @@ def stack_budgets(config: StackWiseConfig, steps: int) -> list[int]:
         message = f"must have one number per stack ({count}), got {len(weights)}"
         raise ConfigError(Problem("training.progressive.stage_weights", message))
     return shares(steps * count, weights)
+
+
+def noise(config: StackWiseConfig, build_index: int) -> dict[str, Any]:
+    """What a stack is trained on and scored on, as fields of a stage; empty where time is not depth."""
+    if time_of(config) != "depth":
+        return {}
+    held = stack_noise(config, stacks_at_the_end(config))
+    distance = held.distance(build_index)
+    return {"noise": held.trains_on(distance), "eval_noise": held.owns(distance)}
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

@@ -153,6 +153,7 @@ def _one_by_one(config: StackWiseConfig, steps: int, op: str) -> list[Stage]:
                     trunk_lr=training.trunk_lr,
                     warmup_steps=training.warmup_steps if first else choices.rewarmup(config, part),
                     optimizer_state="reset" if first else progressive.growth_optimizer,
+                    **choices.noise(config, k),
                 )
             )
     return listed
@@ -188,6 +189,7 @@ def independent(config: StackWiseConfig, steps: int) -> list[Stage]:
                     warmup_steps=config.training.warmup_steps,
                     alone=built,
                     data_start=start,
+                    **choices.noise(config, built),
                 )
             )
             start += part

@@ -62,8 +62,9 @@ def _stage(config: StackWiseConfig, index: int, record: StageSettings, count: in
     given = record.model_dump(
         exclude={"train", "name", "n_stacks", "grow", "max_steps", "max_tokens", "epochs"}
     )
-    if record.schedule is not None:
-        given["schedule"] = (record.schedule[0], record.schedule[1])
+    for name in ("schedule", "noise", "eval_noise"):
+        if given[name] is not None:
+            given[name] = tuple(given[name])
     return Stage(
         **given,
         name=record.name or f"stage {index + 1}",

@@ -85,6 +85,10 @@ class StageSettings(Settings):
     """Rows per micro-batch. null: `training.batch_size`."""
     precision: StackPrecision | None = None
     """Precision of the stacks that join here, as in `training.progressive.new_stack_precision`. null: that key."""
+    noise: Annotated[list[UnitFloat], MinLen(2), MaxLen(2)] | None = None
+    """[lo, hi]: range of the share of corrupted tokens that it trains on. null: that of the objective."""
+    eval_noise: Annotated[list[UnitFloat], MinLen(2), MaxLen(2)] | None = None
+    """[lo, hi]: range that held-out text is scored on after it. null: `noise`."""
     cache: Literal["auto"] | Flag | None = None
     """Keep the outputs of its frozen trunk, as in `training.progressive.cache_activations`; true is refused where it is not allowed. null: that key."""
 

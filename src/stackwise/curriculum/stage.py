@@ -55,7 +55,9 @@ class Stage:
     `optimizer_state`: what happens to the moments at the start (reset, carry, copy; see `training.optim.carried`).
     `alone`: embedding -> only the stack with this build index -> norm -> head.
     `data_start`: optimizer steps into the stream of samples at which the stage starts; null goes on where the last
-    one ended. `noise`: range of the share of corrupted tokens; null is the objective's. `seq_len`, `batch_size`, `precision` (of the stacks that join) and `cache` null: those of the run.
+    one ended. `noise`: range of the share of corrupted tokens; null is the objective's. `eval_noise`: the range that
+    held-out text is scored on; null is `noise`. `seq_len`, `batch_size`, `precision` (of the stacks that join) and
+    `cache` null: those of the run.
     """
 
     name: str
@@ -77,6 +79,12 @@ class Stage:
     precision: str | None = None
     cache: Literal["auto"] | bool | None = None
     noise: tuple[float, float] | None = None
+    eval_noise: tuple[float, float] | None = None
+
+    @property
+    def scored_noise(self) -> tuple[float, float] | None:
+        """The range of the share of corrupted tokens on which held-out text is scored."""
+        return self.noise if self.eval_noise is None else self.eval_noise
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `Stage.from_dict` gives back an equal object."""
@@ -103,6 +111,6 @@ class Stage:
                 "trains": tuple(data["trains"]),
                 "grow": None if grow is None else Growth.from_dict(grow),
                 "schedule": None if schedule is None else (int(schedule[0]), int(schedule[1])),
-                "noise": None if data.get("noise") is None else tuple(data["noise"]),
+                **{name: tuple(data[name]) for name in ("noise", "eval_noise") if data.get(name) is not None},
             }
         )

@@ -10,7 +10,6 @@ from stackwise.objectives.base import Objective
 from stackwise.objectives.causal import CausalLM
 from stackwise.objectives.custom import Custom, load_function
 from stackwise.objectives.diffusion import Diffusion
-from stackwise.objectives.intervals import Intervals
 from stackwise.objectives.masked import MaskedLM, Vocabulary
 from stackwise.objectives.schedules import NoiseSchedule
 
@@ -53,15 +52,3 @@ def objective_of(config: StackWiseConfig, special_ids: Sequence[int] = ()) -> Ob
         return MaskedLM(**common, fraction=keys.mask_fraction)
     clip = (keys.clip[0], keys.clip[1])
     return Diffusion(**common, form=keys.form, weighting=keys.weight, clip=clip, t_eps=keys.t_eps)
-
-
-def intervals_of(config: StackWiseConfig, n_stacks: int) -> Intervals:
-    """The intervals of noise that stacks own where time is depth."""
-    progressive = config.training.progressive
-    mapping = progressive.stack_time_mapping
-    if mapping == "linear":
-        return Intervals.linear(n_stacks)
-    if mapping == "exponential":
-        return Intervals.exponential(n_stacks, config.objective.min_mask_fraction)
-    assert progressive.time_boundaries is not None, "a rule of the config"
-    return Intervals(tuple(progressive.time_boundaries))

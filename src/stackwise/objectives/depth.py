@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
@@ -91,6 +91,29 @@ class StackNoise:
         assert self.points is not None
         return self.points[distance], self.points[distance]
 
+    def owns(self, distance: int) -> tuple[float, float]:
+        """(lo, hi) of the masked shares a stack answers for: its interval, or one share twice."""
+        if self.intervals is not None:
+            return self.intervals.of(distance)
+        return self.trains_on(distance)
+
+    @property
+    def routes(self) -> Intervals:
+        """Which stack is asked at which masked share: the owner, or the one whose point is nearest.
+
+        Stacks with one and the same point divide what is near it evenly.
+        """
+        if self.intervals is not None:
+            return self.intervals
+        assert self.points is not None
+        groups = [(share, len(list(same))) for share, same in groupby(self.points)]
+        ends = [*((a + b) / 2 for (a, _), (b, _) in pairwise(groups)), 1.0]
+        bounds = [0.0]
+        for end, (_, count) in zip(ends, groups, strict=True):
+            start = bounds[-1]
+            bounds += [start + (end - start) * i / count for i in range(1, count)] + [end]
+        return Intervals(tuple(bounds))
+
     def share_at(self, step: int) -> float:
         """The masked share at a time step: straight through the interval of its owner, or its owner's one share.
 
@@ -114,15 +137,32 @@ def stack_noise(config: StackWiseConfig, n: int, mapping: StackMap | None = None
     """What the configuration says about the noise of n stacks.
 
     `mapping` (build index, n, horizon) -> first time step stands in for `stack_time_mapping`.
-    Raises: ConfigError for an impossible horizon, boundaries with a gap or out of order, descending point masks.
+    Raises: ConfigError for an impossible horizon, and for boundaries with a gap or out of order or descending point
+    masks, both where both are wrong.
     """
-    keys, low = config.training.progressive, config.objective.min_mask_fraction
-    left = keys.building_mode in ("prepend", "independent")
+    problems = list(_horizon_problems(config, n))
+    try:
+        noise = _noise(config, n, mapping)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return noise
+
+
+def _horizon_problems(config: StackWiseConfig, n: int) -> Iterator[Problem]:
+    keys = config.training.progressive
     horizon = n * keys.time_per_stack
     if keys.num_time_steps not in (None, horizon):
         hint = "leave it null, or set time_interpretation to input"
         text = f"{n} stacks of {keys.time_per_stack} time steps make {horizon}"
-        raise ConfigError(Problem(HORIZON, text, keys.num_time_steps, str(horizon), hint))
+        yield Problem(HORIZON, text, keys.num_time_steps, str(horizon), hint)
+
+
+def _noise(config: StackWiseConfig, n: int, mapping: StackMap | None) -> StackNoise:
+    keys, low = config.training.progressive, config.objective.min_mask_fraction
+    left = keys.building_mode in ("prepend", "independent")
+    horizon = n * keys.time_per_stack
     starts = tuple(range(0, horizon + 1, keys.time_per_stack))
     given = keys.time_step_mask_fractions
     if given is not None:

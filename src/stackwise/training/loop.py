@@ -61,9 +61,8 @@ class Loader(Protocol):
 class Hooks:
     """What the loop calls out to. Each may be left as it is.
 
-    emit: takes every event. evaluate: rack, and the stage's range of noise where it has one,
-    -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text)
-    or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
+    emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
+    where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
     """
 
     emit: Callable[[Event], None] = lambda event: None
@@ -390,7 +389,7 @@ class Engine:
     def _evaluate(self, when: str) -> float | None:
         if self.hooks.evaluate is None:
             return None
-        noise = self.stages[min(self.progress.stage, len(self.stages) - 1)].noise
+        noise = self.stages[min(self.progress.stage, len(self.stages) - 1)].scored_noise
         result = self.hooks.evaluate(self.rack) if noise is None else self.hooks.evaluate(self.rack, noise)
         self.progress.eval_loss = result["loss"]
         self.hooks.emit(records.evaluation(self.progress, when, result))

@@ -240,7 +240,7 @@ def _hooks(
             rows_per_chunk=rows,
         )
         loss = total / count
-        label = label_of(config) if noise is None else "part of a bound"
+        label = label_of(config, noise)
         known = label in ("exact", "bound")
         bits = bits_per_byte(loss, split.n_tokens, split.n_bytes) if known else None
         return {"loss": loss, "bits_per_byte": bits, "label": label}

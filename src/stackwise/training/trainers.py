@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.config.objective_rules import label_of, masks
+from stackwise.config.objective_rules import label_of, masks, scored_share
 from stackwise.config.root import StackWiseConfig
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.curriculum.builder import ProgressiveRackBuilder
@@ -18,6 +18,7 @@ from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Noise, Objective
 from stackwise.objectives.build import objective_of
+from stackwise.objectives.depth import stack_noise
 from stackwise.tracking.events import Sink, Tracker
 from stackwise.training.cycling import CyclingLoader, as_mapping
 from stackwise.training.device import pick_device, pick_dtype
@@ -58,7 +59,7 @@ class _Trainer:
             total, count = validate(
                 rack, batches, objective=objective, passes=passes, noise=noise, dtype=dtype
             )
-            return {"loss": total / count, "label": label_of(config)}
+            return {"loss": total / count, "label": label_of(config, noise)}
 
         hooks = Hooks(emit=tracker.emit, evaluate=None if eval_dataloader is None else evaluate)
         loader = CyclingLoader(dataloader)
@@ -179,7 +180,7 @@ def _objective(config: StackWiseConfig, rack: Rack) -> Objective:
 
 def _results(engine: Engine) -> dict[str, Any]:
     rack, p = engine.rack, engine.progress
-    records = [_record(rack, entry) for entry in p.history]
+    records = [_record(engine, entry) for entry in p.history]
     joint = [record for record in records if record["name"].startswith("joint")]
     return {
         "training_history": [record for record in records if record not in joint],
@@ -198,18 +199,25 @@ def _results(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _record(rack: Rack, entry: dict[str, Any]) -> dict[str, Any]:
-    """A history entry with the identity of the stack it was about; where all train, the one built last."""
+def _record(engine: Engine, entry: dict[str, Any]) -> dict[str, Any]:
+    """A history entry with the identity of the stack it was about; where all train, the one built last.
+
+    `time_step`: the first one that the stack owns where time is depth. `mask_ratio`: mean share of hidden tokens.
+    """
+    rack, config = engine.rack, engine.config
     trained = {unit.partition(":")[2].partition(".")[0] for unit in entry["trains"] if ":" in unit}
     stack = max((s for s in rack.stacks if s.uid in trained), key=lambda s: s.build_index, default=None)
+    noise, time_step, count = engine.stages[entry["stage"]].scored_noise, None, len(rack.stacks)
+    if noise is not None and stack is not None and config.training.stages is None:
+        time_step = stack_noise(config, count).starts[count - 1 - stack.stack_id]
     return {
         **entry,
         "stack_uid": stack.uid if stack else None,
         "position": stack.stack_id if stack else None,
         "build_index": stack.build_index if stack else None,
         "precision": stack.compute_dtype or "full" if stack else None,
-        "time_step": None,  # the causal objective has no noise
-        "mask_ratio": 0.0,
+        "time_step": time_step,
+        "mask_ratio": scored_share(config, noise) if masks(config) else 0.0,
     }
 
 
