@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from stackwise import ProgressiveRackBuilder, ProgressiveTrainer
 from stackwise.config.errors import ConfigError
+from stackwise.config.objective_rules import label_of
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.stage import Stage
@@ -118,13 +118,14 @@ def test_a_run_draws_from_the_trained_range_and_is_scored_on_the_owned_one(confi
 
 
 def test_point_masks_are_scored_without_a_bound(config):
-    from stackwise.config.objective_rules import label_of
-
     points = config(training__progressive__time_step_mask_fractions="schedule")
     assert {label_of(points, stage.scored_noise) for stage in stages(points)} == {"pseudo"}
-    assert {
-        label_of(points, replace(stage, eval_noise=(0.1, 0.2)).scored_noise) for stage in stages(points)
-    } == {"part of a bound"}
+    assert label_of(points) == "pseudo"
+    assert (label_of(config()), label_of(config(), (0.2, 0.4)), label_of(config(), (0.2, 0.2))) == (
+        "bound",
+        "part of a bound",
+        "pseudo",
+    )
 
 
 def test_several_mistakes_of_time_are_told_at_once(config):

@@ -26,11 +26,13 @@ def label_of(config: StackWiseConfig, noise: tuple[float, float] | None = None) 
 
     Over a range of `noise` a bound becomes part of a bound; at a single share there is none.
     """
-    if noise is not None and config.training.progressive.training_objective == "diffusion":
+    keys = config.training.progressive
+    points = time_of(config) == "depth" and keys.time_step_mask_fractions is not None
+    if keys.training_objective == "diffusion" and not points and corruption_of(config) == "absorbing":
+        if noise is None:
+            return "bound"  # it needs every share of masked tokens, and tokens that are hidden
         return "part of a bound" if noise[0] < noise[1] else "pseudo"
-    return {"clm": "exact", "diffusion": "bound"}.get(
-        config.training.progressive.training_objective, "pseudo"
-    )
+    return "exact" if keys.training_objective == "clm" else "pseudo"
 
 
 def time_of(config: StackWiseConfig) -> str:
