@@ -113,8 +113,8 @@ def test_a_uniform_model_costs_log_v_in_every_form():
         for options in ({}, {"form": "t"}, {"weighting": "uniform"}, {"form": "t", "weighting": "clipped"}):
             objective = diffusion(**options)
             total, weight = objective.loss(hidden, matrix, objective.corrupt(given, noise))
-                rtol = 0.06 if "form" in options else 1e-4  # the t form has the spread of 1/t
-                torch.testing.assert_close(total / weight, expected, rtol=rtol, atol=0)
+            rtol = 0.06 if "form" in options else 1e-4  # the t form has the spread of 1/t
+            torch.testing.assert_close(total / weight, expected, rtol=rtol, atol=0)
 
 
 def test_the_loss_does_not_depend_on_how_rows_are_batched():
