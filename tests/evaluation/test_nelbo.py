@@ -146,9 +146,12 @@ def test_the_two_estimators_agree(split: TokenSplit) -> None:
 # --- the protocol ----------------------------------------------------------------------------------------------
 
 
-def test_every_count_comes_up_equally_often_and_exactly() -> None:
+@pytest.mark.parametrize("even", [True, False])
+def test_every_count_comes_up_equally_often_and_exactly(even: bool) -> None:
     """32 windows of 16: in each pass every count stands twice, at other windows and positions each time."""
-    objective = ByCount(Vocabulary(V, MASK), seed=1234, corruption="absorbing", windows=32, seq_len=T)
+    objective = ByCount(
+        Vocabulary(V, MASK), seed=1234, corruption="absorbing", windows=32, seq_len=T, even=even
+    )
     ids, places = torch.randint(0, MASK, (32, T)), torch.arange(32)
     found = []
     for number in range(2):
@@ -159,10 +162,30 @@ def test_every_count_comes_up_equally_often_and_exactly() -> None:
         found.append(example.labels)
     assert not torch.equal(found[0], found[1])
     generator = torch.Generator().manual_seed(1234)
-    counts = 1 + torch.randperm(32, generator=generator) % T
-    assert torch.equal((found[0] != IGNORE).sum(1), counts)
+    if not even:
+        counts = 1 + torch.randperm(32, generator=generator) % T
+        assert torch.equal((found[0] != IGNORE).sum(1), counts)
     with pytest.raises(ValueError, match="pass 3 after pass 1"):
         objective.corrupt({"input_ids": ids, "draws": torch.full((32,), 3), "places": places})
+
+
+@pytest.mark.parametrize("n_windows", [3, 11, 24])
+def test_no_count_is_favoured_however_many_windows_there_are(n_windows: int) -> None:
+    """Rows of 16 tokens of which some have 5: over many passes all counts of each come up alike."""
+    vocabulary = Vocabulary(V, MASK, (3,))
+    objective = ByCount(vocabulary, seed=7, corruption="absorbing", windows=n_windows, seq_len=T)
+    ids, places = torch.zeros(n_windows, T, dtype=torch.long), torch.arange(n_windows)
+    ids[::2, 5:] = 3
+    batch = {"input_ids": ids, "places": places}
+    examples = [
+        objective.corrupt({**batch, "draws": torch.full((n_windows,), number)}) for number in range(600)
+    ]
+    counts = torch.stack([(example.labels != IGNORE).sum(1) for example in examples])
+    for rows, most in ((counts[:, ::2], 5), (counts[:, 1::2], T)):
+        shares = torch.bincount(rows.flatten(), minlength=most + 1)[1:] / rows.numel()
+        assert len(shares) == most
+        error = (1 / most / rows.numel()) ** 0.5
+        assert shares.tolist() == pytest.approx([1 / most] * most, abs=5 * error)
 
 
 @pytest.mark.parametrize("estimator", ["count", "t"])
@@ -300,6 +323,8 @@ def test_what_cannot_be_evaluated_says_why(split: TokenSplit) -> None:
     denoiser = Denoiser(rack_of(), MASK)
     with pytest.raises(ValueError, match="unknown estimator 'x'; allowed: count, t"):
         nelbo(denoiser, split, seq_len=T, estimator="x")
+    with pytest.raises(ValueError, match="unknown counts 'x'; allowed: even, modulo"):
+        nelbo(denoiser, split, seq_len=T, counts="x")
     with pytest.raises(ValueError, match="64 tokens are longer than the model's max_seq_len = 32"):
         nelbo(denoiser, split, seq_len=64)
     with pytest.raises(DataError, match="outside a vocabulary of 17"):

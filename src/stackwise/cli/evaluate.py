@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stackwise.cli.errors import UsageError
 from stackwise.cli.options import Json, Run, Threads, find_run
 from stackwise.cli.output import note, print_json
 from stackwise.config.errors import ConfigError
+from stackwise.config.objective_rules import corruption_of, label_of, masks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stackwise.config.root import StackWiseConfig
+    from stackwise.data.corpus import Corpus
+    from stackwise.training.stored import OpenRun
 
 
 def evaluate(
@@ -18,28 +27,45 @@ def evaluate(
         int | None,
         typer.Option("--batch-size", metavar="N", help="Rows per batch: speed and memory, not the result."),
     ] = None,
+    by_time: Annotated[
+        bool,
+        typer.Option("--by-time", help="Diffusion: also estimate the bound over random times, as a check."),
+    ] = False,
+    pseudo_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--pseudo-windows",
+            metavar="N",
+            min=1,
+            help="mlm: windows for pseudo-perplexity, each as many forward passes as it has tokens.",
+        ),
+    ] = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
     """Measure a run on its whole held-out text: loss, perplexity, and bits per byte.
 
-    Computed in float32 over non-overlapping windows of `training.seq_len`, every token counted once. Bits per byte
-    does not depend on the tokenizer, so it compares runs with different ones.
+    A causal model has an exact likelihood, a diffusion model an upper bound of it, in parts by the share of masked
+    tokens. An mlm model has masked loss and accuracy, and pseudo-perplexity, which is no likelihood. All but the causal
+    ones are held against guesses without context.
+
+    Computed in float32 over non-overlapping windows of `training.seq_len`. Bits per byte does not depend on the
+    tokenizer, so it compares runs with different ones.
 
     \b
     Examples:
       stackwise eval runs/demo
       stackwise eval demo --batch-size 64 --json
+      stackwise eval runs/diffusion --by-time
     """
     path = find_run(run)
     from stackwise.data.errors import DataError
     from stackwise.data.prepare import prepare
-    from stackwise.evaluation.perplexity import perplexity
-    from stackwise.training.device import pick_device
     from stackwise.training.stored import open_run
 
     opened = open_run(path)
     config = opened.config
+    _check_options(config, by_time, pseudo_windows)
     if batch_size is not None:
         try:
             config.evaluation.batch_size = batch_size
@@ -57,6 +83,33 @@ def evaluate(
         )
     if corpus.hash != opened.meta["corpus"]:
         note("the text has changed since the run was trained; what is held out now may have been trained on")
+    if config.training.progressive.training_objective != "clm":
+        from stackwise.cli.evaluate_masked import evaluate_masked
+
+        evaluate_masked(path, opened, corpus, by_time=by_time, pseudo_windows=pseudo_windows, as_json=as_json)
+        return
+    _exact(path, opened, corpus, as_json)
+
+
+def _check_options(config: StackWiseConfig, by_time: bool, pseudo_windows: int | None) -> None:
+    """UsageError for an option that says nothing about this run."""
+    label = label_of(config)
+    if by_time and label != "bound":
+        raise UsageError(f"--by-time is for runs whose loss is a bound, and that of this run is {label}")
+    if pseudo_windows is not None and not (
+        label == "pseudo" and masks(config) and corruption_of(config) != "gaussian"
+    ):
+        raise UsageError(
+            "--pseudo-windows is for runs that have a pseudo-perplexity: mlm, or diffusion at point masks"
+        )
+
+
+def _exact(path: Path, opened: OpenRun, corpus: Corpus, as_json: bool) -> None:
+    """The likelihood of a causal run."""
+    from stackwise.evaluation.perplexity import perplexity
+    from stackwise.training.device import pick_device
+
+    config = opened.config
     result = perplexity(
         opened.rack.to(pick_device("auto")),
         corpus.validation,

@@ -89,19 +89,24 @@ def nelbo(
     pad_id: int | None = None,
     dtype: torch.dtype = torch.float32,
     estimator: str = "count",
+    counts: str = "even",
 ) -> Nelbo:
     """The bound over the windows of a split, in order, without overlap.
 
-    `estimator` count: in every pass window i masks exactly n = 1 + (perm[i] mod P) random positions, so that each
-    count comes up equally often; permutation and positions come from one CPU generator. t: each token is masked by
-    itself at a time of its window, stratified over the windows. `special_ids` are never masked.
+    `estimator` count: in every pass window i masks exactly n random positions, n from a permutation of the windows;
+    permutation and positions come from one CPU generator. `counts` even: n = 1 + floor(P (perm[i] + u) / W), u in [0, 1),
+    so that each count is equally likely. modulo: n = 1 + (perm[i] mod P), a common protocol, whose light masks come up
+    more often unless P divides W. t: each token is masked by itself at a time of its window, stratified over the
+    windows. `special_ids` are never masked.
 
     The same call gives the same figure, and in float32 it does not depend on `batch_size` (up to 1e-6). `batches`
-    limits the work to `batches * batch_size` windows spread over the split. ValueErrors: an unknown estimator, and those
-    of `Windows`.
+    limits the work to `batches * batch_size` windows spread over the split. ValueErrors: an unknown estimator or kind of
+    counts, and those of `Windows`.
     """
     if estimator not in ("count", "t"):
         raise ValueError(f"unknown estimator {estimator!r}; allowed: count, t")
+    if counts not in ("even", "modulo"):
+        raise ValueError(f"unknown counts {counts!r}; allowed: even, modulo")
     rack = denoiser.rack
     windows = Windows(
         rack,
@@ -121,7 +126,7 @@ def nelbo(
     }
     objective: Diffusion = Diffusion(**common, form="t")
     if estimator == "count":
-        objective = ByCount(**common, windows=windows.count, seq_len=seq_len)
+        objective = ByCount(**common, windows=windows.count, seq_len=seq_len, even=counts == "even")
     intervals = denoiser.intervals or QUARTERS
     sums = torch.zeros(passes, intervals.count, 3, dtype=torch.float64)  # nats, weighted masks, tokens
     with torch.no_grad(), eval_mode(rack), computing_in(dtype, rack.device):
@@ -186,11 +191,12 @@ def _result(
 class ByCount(Diffusion):
     """Diffusion whose masks are those of the count estimator: `draws` of a batch is the pass, `places` the windows.
 
-    Passes come in order, from 0. In pass k window i masks 1 + (perm_k[i] mod P) positions.
+    Passes come in order, from 0. See `nelbo` for the number of masks of a window.
     """
 
     windows: int = 0
     seq_len: int = 0
+    even: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +207,11 @@ class ByCount(Diffusion):
         self, keys: Keys, eligible: Tensor, u: Tensor, noise: Noise | None, counts: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self._turn_to(int(keys.draws[0]))
-        counts = 1 + self._order[keys.places] % eligible.sum(1).clamp_min(1)
+        present = eligible.sum(1)
+        if self.even:
+            counts = 1 + (present * self._levels[keys.places]).long()
+        else:
+            counts = 1 + self._order[keys.places] % present.clamp_min(1)
         return super()._masks(keys, eligible, u, noise, counts)
 
     def _choose(self, keys: Keys, eligible: Tensor, counts: Tensor) -> Tensor:
@@ -213,6 +223,9 @@ class ByCount(Diffusion):
             raise ValueError(f"pass {number} after pass {self._at}: the passes come in order")
         if number == self._at + 1:
             self._order = torch.randperm(self.windows, generator=self._generator)
+            if self.even:
+                shifts = torch.rand(self.windows, generator=self._generator, dtype=torch.float64)
+                self._levels = (self._order + shifts) / self.windows
             size = (self.windows, self.seq_len)
             self._scores = torch.rand(size, generator=self._generator, dtype=torch.float64)
             self._at = number

@@ -24,10 +24,12 @@ from stackwise.data.corpus import Corpus
 from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
+from stackwise.data.reference import reference_lines
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Noise, Objective
 from stackwise.objectives.build import objective_of
+from stackwise.objectives.masked import Masked
 from stackwise.tracking.console import ConsoleProgress
 from stackwise.tracking.environment import peak_rss_bytes
 from stackwise.tracking.events import Sink, Tracker
@@ -338,8 +340,18 @@ def _announce(
         return
     train_tokens, held_out = corpus.train.n_tokens, corpus.validation.n_tokens
     text = f"data: {train_tokens:,} tokens to train on, {held_out:,} held out ({config.data.source})"
-    for message in (text, *(str(d) for d in derived), *notes):
+    lines = _reference_of(engine, corpus)
+    for message in (text, *lines, *(str(d) for d in derived), *notes):
         tracker.emit({"event": "note", "message": message})
+
+
+def _reference_of(engine: Engine, corpus: Corpus) -> list[str]:
+    """What guessing hidden tokens without context costs, to hold losses against."""
+    if not isinstance(engine.objective, Masked):
+        return []
+    hidden = engine.objective.vocabulary.hidden
+    size = engine.rack.spec.vocab_size
+    return [f"without context: {reference_lines(corpus.train, corpus.validation, size, hidden)}"]
 
 
 def _close(engine: Engine, tracker: Tracker, status: str) -> None:
