@@ -63,7 +63,14 @@ def test_a_preset_says_what_it_is_and_runs_under_its_own_name(name):
 
 
 def test_the_presets_are_these():
-    assert preset_names() == ["append-small", "demo", "gpt2-small", "shakespeare-char", "tiny-llama"]
+    assert preset_names() == [
+        "append-small",
+        "demo",
+        "diffusion-char",
+        "gpt2-small",
+        "shakespeare-char",
+        "tiny-llama",
+    ]
 
 
 def test_gpt2_small_has_the_size_of_gpt2():
