@@ -21,6 +21,7 @@ from stackwise.kernels.device import counted_as
 from stackwise.kernels.product import _onednn
 from stackwise.kernels.rms_norm import compute_dtype
 from stackwise.kernels.rotary import rotary_table
+from stackwise.planning.recall import Recall
 
 NARROW = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
@@ -33,7 +34,7 @@ def fake_tensors(kind: str) -> Iterator[None]:
     rotary_table.cache_clear()
     with ExitStack() as stack:
         stack.enter_context(counted_as(kind))
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(Recall(stack.enter_context(FakeTensorMode())))
         if kind != "cpu":
             stack.enter_context(_replaced(_STAND_INS))
         # Tables made inside have no numbers, so they must not outlive it.
