@@ -181,6 +181,26 @@ def test_the_work_is_capped(split: TokenSplit) -> None:
     assert pseudo_perplexity(Denoiser(rack, MASK), long, seq_len=64, batch_size=64).tokens == HIDDEN_TOKENS
 
 
+def test_rows_are_judged_by_the_stack_that_owns_their_share(split: TokenSplit) -> None:
+    """The stack next to the head owns light noise, the other one heavy noise."""
+    denoiser = Denoiser(rack_of(), MASK, intervals=Intervals.linear(2), path="alone")
+
+    def figures() -> list[float]:
+        scores = [
+            masked_scores(denoiser, objective_of("absorbing"), split, seq_len=T, noise=(share, share))
+            for share in (0.25, 0.75)
+        ]
+        alone = pseudo_perplexity(denoiser, split, seq_len=T, windows=2)
+        return [*(s.nats_per_masked_token for s in scores), alone.nats_per_token]
+
+    before = figures()
+    with torch.no_grad():
+        for parameter in denoiser.rack.stacks[0].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    changed = [abs(a - b) > 1e-4 for a, b in zip(figures(), before, strict=True)]
+    assert changed == [False, True, False]
+
+
 # --- wrong use -------------------------------------------------------------------------------------------------
 
 
