@@ -76,9 +76,7 @@ class Masked:
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
         if self.length_fraction:
             mask = cut_to_random_length(ids, mask, keys, self.seed, self.length_fraction)
-        eligible = masking.eligible_positions(ids, mask, self.vocabulary.hidden)
-        if self.shifted:
-            eligible = eligible & precedes(ids, batch.get("document_ids"))
+        eligible = self.eligible(ids, mask, batch.get("document_ids"))
         u = keys.times(self.seed, self.t_sampling)
         if self.one_time:
             u = u[:1].expand_as(u)
@@ -97,6 +95,17 @@ class Masked:
             scored=scored_positions(labels),
         )
         return example._replace(**extra)
+
+    def eligible(self, ids: Tensor, mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
+        """bool [B, T]: the tokens that may be corrupted, of clean ids [B, T]; `mask` is 0 at padding."""
+        eligible = masking.eligible_positions(ids, mask, self.vocabulary.hidden)
+        return eligible & precedes(ids, document_ids) if self.shifted else eligible
+
+    def masks_of(self, example: Example) -> Tensor:
+        """bool [B, T]: the tokens of an example that are corrupted."""
+        masks = example.labels != IGNORE
+        # A shifted objective scores a token one position before it.
+        return torch.nn.functional.pad(masks[:, :-1], (1, 0)) if self.shifted else masks
 
     def _masks(
         self, keys: Keys, eligible: Tensor, u: Tensor, noise: Noise | None, counts: Tensor | None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.objectives.base import IGNORE, Example
+from stackwise.objectives.base import Example
 from stackwise.objectives.build import objective_of
 from stackwise.objectives.depth import POINTS, StackNoise, stack_noise
 from stackwise.objectives.intervals import StackMap
@@ -102,8 +102,15 @@ class TimeStepMasking:
         The share comes from the stack's interval widened by `time_overlap`, or is its point mask.
         Raises: IndexError for no such stack; ValueError in input mode; KeyError for a batch without `input_ids`.
         """
+        return self._masks(batch, self.noise_of_stack(stack_idx))
+
+    def noise_of_stack(self, stack_idx: int) -> tuple[float, float]:
+        """(lo, hi): the masked shares that the stack is trained on, its interval widened by `time_overlap`.
+
+        Twice the same share with point masks. Raises: IndexError for no such stack; ValueError in input mode.
+        """
         noise = self._by_depth()
-        return self._masks(batch, noise.trains_on(noise.distance(stack_idx)))
+        return noise.trains_on(noise.distance(stack_idx))
 
     def generate_masks_for_time_step(self, batch: Mapping[str, Tensor], t: float | Tensor) -> Tensor:
         """bool [B, T], True = corrupted, at the share `mask_ratio(t)`; t is one time, or one for each row [B].
@@ -161,10 +168,7 @@ class TimeStepMasking:
         Random tokens of bert corruption are drawn by sample_ids [B] and draws [B]; without them, by row and for draw 0.
         Raises: ConfigError where no mask token is known; ValueError under gaussian corruption, which leaves ids alone.
         """
-        objective = self._objective
-        if objective.vocabulary.mask_id == _NO_TOKEN:
-            hint = "set objective.mask_token_id, or model.vocab_size to get a new id"
-            raise ConfigError(Problem("objective.mask_token_id", "no mask token is known", None, hint=hint))
+        objective = self.objective
         if objective.corruption == "gaussian":
             raise ValueError("gaussian corruption adds noise to embeddings and leaves ids as they are")
         batch = {"input_ids": ids, "sample_ids": sample_ids, "draws": draws}
@@ -173,9 +177,7 @@ class TimeStepMasking:
 
     def _masks(self, batch: Mapping[str, Tensor], noise: tuple[float, float]) -> Tensor:
         example: Example = self._objective.corrupt(batch, noise)
-        masks = example.labels != IGNORE
-        # A shifted objective scores a token one position before it.
-        return torch.nn.functional.pad(masks[:, :-1], (1, 0)) if self._objective.shifted else masks
+        return self._objective.masks_of(example)
 
     def _by_depth(self) -> StackNoise:
         if self._noise is None:
@@ -184,6 +186,14 @@ class TimeStepMasking:
                 " generate_masks_for_time_step"
             )
         return self._noise
+
+    @property
+    def objective(self) -> Masked:
+        """The objective of a run with this configuration. Raises: ConfigError where no mask token is known."""
+        if self._objective.vocabulary.mask_id == _NO_TOKEN:
+            hint = "set objective.mask_token_id, or model.vocab_size to get a new id"
+            raise ConfigError(Problem("objective.mask_token_id", "no mask token is known", None, hint=hint))
+        return self._objective
 
     @cached_property
     def _objective(self) -> Masked:
