@@ -42,6 +42,13 @@ def counts_of(split: TokenSplit) -> npt.NDArray[np.int64]:
     return counts
 
 
+def tokens_besides(split: TokenSplit, unscored: Collection[int]) -> int:
+    """How many tokens have other ids than `unscored`."""
+    counts = counts_of(split)
+    counts[[i for i in unscored if i < len(counts)]] = 0
+    return int(counts.sum())
+
+
 def reference_lines(
     train: TokenSplit, held_out: TokenSplit, vocab_size: int, unscored: Collection[int] = ()
 ) -> Reference:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from stackwise.data.corpus import TokenSplit
-from stackwise.evaluation.windows import Windows, per_byte
+from stackwise.data.reference import tokens_besides
+from stackwise.evaluation.windows import Windows
 from stackwise.model.modes import eval_mode
 from stackwise.objectives import masking
 from stackwise.objectives.base import IGNORE, Example, Noise
@@ -28,6 +29,7 @@ from stackwise.objectives.diffusion import Diffusion
 from stackwise.objectives.intervals import Intervals
 from stackwise.objectives.masked import Keys, Vocabulary
 from stackwise.training.device import computing_in
+from stackwise.training.validate import bits_per_byte
 
 SEED = 1234
 QUARTERS = Intervals.linear(4)
@@ -177,7 +179,7 @@ def _result(
         nats_per_token=mean,
         standard_error=float(of_passes.std() / math.sqrt(passes)) if passes > 1 else None,
         perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_byte=per_byte(mean, split, (*special_ids, mask_id)),
+        bits_per_byte=bits_per_byte(mean, tokens_besides(split, (*special_ids, mask_id)), split.n_bytes),
         parts=tuple(parts),
         tokens=int(tokens),
         windows=windows.count,

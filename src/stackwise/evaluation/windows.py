@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader
-from stackwise.data.reference import counts_of
 from stackwise.model.rack import Rack
-from stackwise.training.validate import bits_per_byte
 
 Batch = dict[str, Tensor]
 
@@ -63,10 +61,3 @@ class Windows:
             places = torch.arange(place, place + rows)
             place += rows
             yield {**batch, "draws": torch.full_like(places, number), "places": places}
-
-
-def per_byte(nats_per_token: float, split: TokenSplit, unscored: Sequence[int]) -> float | None:
-    """Bits per byte of a split of which the ids `unscored` cost nothing; null where it does not know its bytes."""
-    counts = counts_of(split)
-    counts[[i for i in unscored if i < len(counts)]] = 0
-    return bits_per_byte(nats_per_token, int(counts.sum()), split.n_bytes)

@@ -24,7 +24,7 @@ from stackwise.data.corpus import Corpus
 from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
-from stackwise.data.reference import reference_lines
+from stackwise.data.reference import reference_lines, tokens_besides
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Noise, Objective
@@ -228,6 +228,9 @@ def _hooks(
     evaluation = make_eval_loader(config, corpus, config.evaluation.batches)
     chunk = config.training.loss_chunk_tokens
     split = corpus.validation
+    # What masked objectives never hide costs nothing.
+    free = objective.vocabulary.hidden if isinstance(objective, Masked) else ()
+    n_tokens = tokens_besides(split, free)
 
     def evaluate(rack: Rack, noise: Noise | None = None) -> dict[str, Any]:
         rows = None if chunk == "auto" else int(chunk)
@@ -244,7 +247,7 @@ def _hooks(
         loss = total / count
         label = label_of(config, noise)
         known = label in ("exact", "bound")
-        bits = bits_per_byte(loss, split.n_tokens, split.n_bytes) if known else None
+        bits = bits_per_byte(loss, n_tokens, split.n_bytes) if known else None
         return {"loss": loss, "bits_per_byte": bits, "label": label}
 
     def sample(rack: Rack) -> tuple[str, str]:
