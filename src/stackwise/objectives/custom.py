@@ -17,7 +17,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Custom:
-    """Targets [B, T] are `targets` or `labels` of the batch, taken as they are, less those where `loss_mask` is 0.
+    """Targets [B, T] are `targets` or `labels` of the batch, taken as they are, less those in padding and where
+    `loss_mask` is 0.
 
     `loss_fn` (logits [n, V], targets [n]) -> losses [n]; null is cross-entropy. With it a batch may hold neither: its
     targets are then the inputs. Without it such a batch is a KeyError.

@@ -24,6 +24,8 @@ from stackwise.objectives.masked import Keys, Masked, counts_over, over
 class Diffusion(Masked):
     """The objective `diffusion`. Divided by all tokens that may be masked, so that the loss is nats per token.
 
+    Padding and special tokens are never masked, scored or counted by the divisor; special ones are seen, padding is not.
+
     Over a range of noise the loss is that of the range alone: the mean over its shares. `form`, `weighting`, `clip` and
     `t_eps` are keys of `objective`.
     """
