@@ -92,7 +92,8 @@ def masked_scores(
         for number in range(passes):
             for batch in windows.of_pass(number):
                 example = objective.corrupt(batch, noise)
-                eligible = eligible_of(denoiser, batch, objective.vocabulary.special)
+                mask = batch.get("attention_mask")
+                eligible = objective.eligible(batch["input_ids"], mask, batch.get("document_ids"))
                 masked, present = (example.labels != IGNORE).sum(1), eligible.sum(1)
                 # The share that the row was given; corruption may leave some of its tokens as they are.
                 shares = (masked.double() / present.clamp_min(1)).clamp_min(1e-9)

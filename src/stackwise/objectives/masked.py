@@ -190,6 +190,7 @@ class Masked:
 class MaskedLM(Masked):
     """The objective `mlm`: a fixed share of the tokens is corrupted; divided by their number (Devlin et al. 2019).
 
+    Padding and special tokens are never corrupted, drawn or scored; special ones are seen, padding is not.
     With a range of noise (a stack that owns an interval) the share is drawn from it.
     """
 
