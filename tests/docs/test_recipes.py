@@ -1,13 +1,14 @@
-"""Every recipe loads, says how to run it, and has its stages; the two that are compared cost the same."""
+"""Every recipe loads, says how to run it, is planned, and trains when it is made small; two cost the same."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from stackwise import Rack, StackWiseConfig, stages
+from stackwise import Rack, StackWiseConfig, plan, stages, train
 from stackwise.config.resolve import resolve
 from stackwise.config.shape import names_of
 from stackwise.curriculum.costs import stage_flops
@@ -24,14 +25,48 @@ STAGES = {
     "stages-text": 5,
     "end-to-end-text": 1,
     "shakespeare-char": 1,
+    "llama-70b-h200": 21,
 }
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
+FROM_TEXT = ("data.source=text", "data.tokenizer=byte")
+"""For recipes that want other data: the text and tokenizer that are at hand."""
 
-def load(recipe: Path, tmp_path: Path) -> StackWiseConfig:
+SMALL = (
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.max_seq_len=64",
+    "training.device=cpu",
+    "training.dtype=float32",
+    "training.batch_size=4",
+    "training.seq_len=32",
+    "training.warmup_steps=1",
+    "training.max_steps=3",
+    "checkpoint.save_interval=100",
+    "evaluation.batches=2",
+    "generation.max_new_tokens=1",
+    "tracking.report=false",
+)
+SHORT = {
+    "cyclic-text": ("training.progressive.cycle_sweeps=2",),
+    "end-to-end-text": ("training.max_steps=12",),
+    "shakespeare-char": ("training.max_steps=12",),
+    "stages-text": (
+        "training.max_steps=null",
+        "training.stages.0.batch_size=4",
+        *(f"training.stages.{i}.max_steps=3" for i in range(4)),
+        *(f"training.stages.{i}.warmup_steps=1" for i in range(5)),
+        "training.stages.4.max_tokens=400",
+    ),
+}
+"""What makes a recipe's run as short as it is narrow."""
+
+
+def load(recipe: Path, tmp_path: Path, *more: str) -> StackWiseConfig:
     text = tmp_path / "my.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 200)
-    return StackWiseConfig.from_yaml(recipe, [f"data.path={text}", f"checkpoint.dir={tmp_path / 'runs'}"])
+    paths = (f"data.path={text}", f"checkpoint.dir={tmp_path / 'runs'}")
+    return StackWiseConfig.from_yaml(recipe, [*paths, *more])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -39,8 +74,7 @@ def test_a_recipe_loads_without_notes_and_has_its_stages(recipe: Path, tmp_path:
     config = load(recipe, tmp_path)
     assert config.notes() == []
     assert config.training.run_id == recipe.stem
-    if recipe.stem in STAGES:
-        assert len(stages(config)) == STAGES[recipe.stem]
+    assert len(stages(config)) == STAGES[recipe.stem]
 
 
 def test_every_building_mode_has_a_recipe(tmp_path: Path) -> None:
@@ -66,3 +100,43 @@ def test_the_end_to_end_control_costs_what_the_append_run_costs(tmp_path: Path) 
                 sizes[recipe.stem] = Rack(rack_spec(config)).get_parameter_count()
     assert sums["end-to-end-text"] == pytest.approx(sums["append-text"], rel=0.005)
     assert sizes["end-to-end-text"] == sizes["append-text"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_planned(recipe: Path, tmp_path: Path) -> None:
+    large = recipe.stem == "llama-70b-h200"
+    config = load(recipe, tmp_path, "training.batch_size=2", *(FROM_TEXT if large else ()))
+    laid_out = plan(config, "h200" if large else None)
+    sized, _ = resolve(config, vocab_size=ByteTokenizer().vocab_size)
+    listed = stages(sized)
+    assert [(row.name, row.n_stacks, row.steps) for row in laid_out.stages] == [
+        (stage.name, stage.n_stacks, stage.steps) for stage in listed
+    ]
+    assert laid_out.fits == "yes"
+    assert laid_out.notes == []
+    with torch.device("meta"):
+        described = Rack(rack_spec(sized))
+    last = laid_out.stages[-1]
+    if recipe.stem == "stages-text":  # grows by hand, beyond the model of the config
+        assert last.n_stacks == 2 * laid_out.stages[-2].n_stacks
+    elif large:
+        assert described.get_parameter_count() < last.parameters, "adapters come on top"
+    elif recipe.stem != "shakespeare-char":  # it has characters for its vocabulary
+        assert last.parameters == described.get_parameter_count()
+    assert all(0 < row.trainable_parameters <= row.parameters for row in laid_out.stages)
+    assert all(row.memory.peak > 4 * row.trainable_parameters for row in laid_out.stages)
+    assert laid_out.total_flops == sum(row.flops for row in laid_out.stages) > 0
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe.stem != "llama-70b-h200"], ids=lambda path: path.stem
+)
+def test_a_small_copy_of_a_recipe_trains(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    """That of llama-70b-h200 is in tests/planning/test_llama_70b.py."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    config = load(recipe, tmp_path, *SMALL, *SHORT.get(recipe.stem, ()))
+    full = stages(load(recipe, tmp_path, "training.progressive.cycle_sweeps=2"))
+    history = train(config, sinks=[])["training_history"]
+    assert [entry["name"] for entry in history] == [stage.name for stage in full]
+    assert [entry["n_stacks"] for entry in history] == [stage.n_stacks for stage in full]
+    assert history[-1]["eval_loss"] < history[0]["loss_first"]
