@@ -113,6 +113,14 @@ BROKEN = [
         "generation.block_length",
         "cannot be set for the sampler unroll, which goes through the stacks once",
     ),
+    *(
+        (
+            "generation: {sampler: stream}\n" + base,
+            "generation.sampler",
+            "no stack of this run ends up with one of its own, got 'stream'",
+        )
+        for base in (BOTH_WAYS, DEPTH % "joint_tuning: true")
+    ),
     (
         "model: {spectral_norm: true, zero_init_outputs: true}",
         "model.zero_init_outputs",
@@ -652,12 +660,19 @@ NOTED = [
         "generation.steps has no effect: generation.sampler is threshold",
     ),
     (
-        f"generation: {{sampler: unroll, grid: linear}}\n{BOTH_WAYS}",
+        "generation: {sampler: unroll, grid: linear}\n" + DEPTH % "joint_tuning: false",
         "generation.grid has no effect: generation.sampler is unroll",
     ),
     (
         f"generation: {{threshold: 0.5}}\n{BOTH_WAYS}",
         "generation.threshold has no effect: generation.sampler is conf",
+    ),
+    *(
+        (
+            f"tracking: {{{key}}}\n{BOTH_WAYS.replace('diffusion', 'mlm')}",
+            f"{key.split(':')[0]} has no effect: the run does not learn to write text",
+        )
+        for key in ("sample_interval: 3", "sample_prompt: To be")
     ),
     (f"generation: {{repetition_penalty: 2.0}}\n{BOTH_WAYS}", "generation.repetition_penalty has no effect"),
     ("model: {tie_embeddings: true}", "false lets it train at every stage"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import Problem
+from stackwise.config.objective_rules import OBJECTIVE, TIME, masks, time_of
 from stackwise.config.rules import rule
 
 if TYPE_CHECKING:
@@ -28,6 +29,22 @@ def one_sweep_has_no_blocks(config: StackWiseConfig) -> Problem | None:
         generation.block_length,
         "null",
         "or choose another generation.sampler",
+    )
+
+
+@rule("generation.sampler", OBJECTIVE, TIME)
+def one_sweep_needs_intervals(config: StackWiseConfig) -> Problem | None:
+    from stackwise.config.notes import tunes_jointly
+
+    if config.generation.sampler not in ONE_SWEEP or not masks(config):
+        return None
+    if time_of(config) == "depth" and not tunes_jointly(config):
+        return None
+    return Problem(
+        "generation.sampler",
+        "goes from interval to interval of noise, and no stack of this run ends up with one of its own",
+        config.generation.sampler,
+        "ancestral, confidence, threshold, remask",
     )
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import Problem
-from stackwise.config.rules import program_of, rule
+from stackwise.config.rules import program_of, rule, stacks_at_the_end
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -50,6 +50,18 @@ def corruption_of(config: StackWiseConfig) -> str:
         return given
     mlm = config.training.progressive.training_objective == "mlm"
     return "bert" if mlm and time_of(config) == "none" else "absorbing"
+
+
+def writes_samples(config: StackWiseConfig) -> bool:
+    """Whether a run can write text: by a causal objective, or by masked diffusion over mask tokens at every share.
+
+    Where only some of the stacks train among which time is shared out, no share of noise beyond theirs is known.
+    """
+    progressive = config.training.progressive
+    if progressive.training_objective != "diffusion":
+        return progressive.training_objective == "clm"
+    some = progressive.train_stacks is not None and len(progressive.train_stacks) < stacks_at_the_end(config)
+    return corruption_of(config) == "absorbing" and not (time_of(config) == "depth" and some)
 
 
 def scored_share(config: StackWiseConfig, noise: tuple[float, float] | None = None) -> float:
@@ -190,6 +202,10 @@ def _reads_schedule(config: StackWiseConfig) -> bool:
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackWiseConfig], str]]] = [
+    *(
+        (f"tracking.{name}", lambda c: not writes_samples(c), "the run does not learn to write text")
+        for name in ("sample_interval", "sample_prompt")
+    ),
     *((f"objective.{name}", _unless("mlm", "diffusion"), _why) for name in MASKED_KEYS),
     *((f"objective.{name}", _unless("diffusion"), _why) for name in DIFFUSION_KEYS),
     ("objective.mask_fraction", _unless("mlm"), _why),

@@ -12,6 +12,6 @@ class TrackingSettings(Settings):
     report: Flag = True
     """Write plots and one self-contained report.html at the end."""
     sample_interval: PositiveInt | None = None
-    """Steps between text samples. null: at the end of each stage."""
+    """Steps between text samples. null: at the end of each stage. Where stacks own intervals of noise, the last stage alone writes any."""
     sample_prompt: str = ""
     """Text that the samples continue."""

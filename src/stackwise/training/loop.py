@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stackwise.config.objective_rules import time_of
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import realise
 from stackwise.curriculum.specs import stage_spec, stage_specs
@@ -397,12 +398,13 @@ class Engine:
         return self.progress.eval_loss
 
     def _sample(self) -> None:
-        if self.hooks.sample is not None:
-            prompt, text = self.hooks.sample(self.rack)
-            p = self.progress
-            self.hooks.emit(
-                {"event": "sample", "step": p.step, "stage": p.stage, "prompt": prompt, "text": text}
-            )
+        p = self.progress
+        if self.hooks.sample is None:
+            return
+        if time_of(self.config) == "depth" and p.stage + 1 < len(self.stages):
+            return  # a text needs every share of noise, and stacks for some of them have yet to train
+        prompt, text = self.hooks.sample(self.rack)
+        self.hooks.emit({"event": "sample", "step": p.step, "stage": p.stage, "prompt": prompt, "text": text})
 
     def _stop_if_asked(self, guard: InterruptGuard, stage: Stage) -> None:
         if guard.signum is None:

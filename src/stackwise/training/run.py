@@ -13,7 +13,7 @@ import torch
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
-from stackwise.config.objective_rules import label_of, masks
+from stackwise.config.objective_rules import label_of, masks, writes_samples
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import build_rack
@@ -25,7 +25,6 @@ from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.reference import reference_lines, tokens_besides
-from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Noise, Objective
 from stackwise.objectives.build import objective_of
@@ -40,6 +39,7 @@ from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import IncompatibleResumeError, Interrupted
 from stackwise.training.loop import Engine, Hooks
+from stackwise.training.samples import sample_text
 from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder
 from stackwise.training.validate import bits_per_byte, validate
@@ -273,29 +273,8 @@ def _hooks(
             "seconds": time.perf_counter() - started,
         }
 
-    samples = sample if objective.name == "clm" else None
+    samples = sample if writes_samples(config) else None
     return Hooks(emit=tracker.emit, evaluate=evaluate, sample=samples, save=save)
-
-
-def sample_text(rack: Rack, tokenizer: Tokenizer, config: StackWiseConfig) -> tuple[str, str]:
-    """A sample by the settings of `generation`, from `tracking.sample_prompt`; (prompt, continuation)."""
-    generation, prompt = config.generation, config.tracking.sample_prompt
-    start = tokenizer.encode(prompt) or tokenizer.start_ids()
-    ids = rack.generate(
-        torch.tensor([start], device=rack.device),
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        repetition_penalty=generation.repetition_penalty,
-        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-        seed=generation.seed,
-        slide=True,
-    )
-    new = [i for i in ids[0, len(start) :].tolist() if i != tokenizer.eos_id]
-    text = tokenizer.decode(new)
-    ends = [text.index(stop) for stop in generation.stop if stop in text]
-    return prompt, text[: min(ends, default=len(text))]
 
 
 def _announce(
