@@ -24,7 +24,7 @@ def few(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(depth_as_time, "VARIANTS", kinds)
     (tmp_path / "input.txt").write_text(TEXT)
-    scale = depth_as_time.Scale("few", seeds=(1,), steps=24, stacks=(2,), middle=2, width=16)
+    scale = depth_as_time.Scale("few", seeds=(1,), steps=40, stacks=(2,), middle=2, width=16)
     options = argparse.Namespace(
         data=tmp_path, out=tmp_path / "out", jobs=1, report_only=False, docs=tmp_path / "docs"
     )
