@@ -75,6 +75,21 @@ BROKEN = [
         "training.progressive.time_interpretation",
         "the objective clm has no noise",
     ),
+    (
+        DEPTH % "joint_tuning: true, independent_io: own",
+        "training.progressive.independent_io",
+        "is of no use to a joint phase, in which all stacks run between one embedding and one head, got 'own'",
+    ),
+    (
+        DEPTH % "shared_start_fraction: 0.1, train_stacks: [1]",
+        "training.progressive.shared_start_fraction",
+        "train one stack first, and set checkpoint.init_from to that run for all of them",
+    ),
+    (
+        (DEPTH % "shared_start_fraction: 0.1").replace("bert_style}", "bert_style, stacks: [{}, {d_ff: 64}]}"),
+        "training.progressive.shared_start_fraction",
+        "model.stacks makes them unlike, got 0.1; allowed: 0",
+    ),
     ("objective: {mask_prob: 0.7}", "objective.mask_prob", "sums to 0.9, not 1"),
     ("objective: {clip: [0.8, 0.3]}", "objective.clip", "does not rise, got [0.8, 0.3]"),
     (

@@ -277,6 +277,8 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.cycle_steps": course(3, CYCLIC),
     "training.progressive.cycle_order": course("backward", CYCLIC),
     "training.progressive.train_stacks": course([1], ALONE),
+    "training.progressive.independent_io": course("own", ALONE),
+    "training.progressive.shared_start_fraction": course(0.2, ALONE),
     "training.progressive.qlora_enabled": stacks(True),
     "training.progressive.qlora_rank": sets(4),
     "training.progressive.qlora_alpha": sets(4.0),

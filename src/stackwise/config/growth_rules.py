@@ -217,7 +217,8 @@ def trained_positions_are_there(config: StackWiseConfig) -> Problem | None:
         return Problem(key, "names positions that are not there", chosen, f"0 to {last}")
     if len(set(chosen)) != len(chosen):
         return Problem(key, "names a position twice", chosen)
-    if last in chosen and chosen[0] != last:
+    begun = config.training.progressive.shared_start_fraction > 0
+    if last in chosen and chosen[0] != last and not begun:
         hint = f"put {last} first"
         message = f"trains stack {last}, and with it embedding and head, after stacks that need them"
         return Problem(key, message, chosen, hint=hint)
@@ -247,6 +248,42 @@ def independent_stacks_share_what_is_around_them(config: StackWiseConfig) -> lis
         for name in ("train_embedding", "train_head")
         if getattr(config.training.progressive, name) == "always"
     ]
+
+
+@rule(
+    "training.progressive.independent_io",
+    "training.progressive.joint_tuning",
+    "training.progressive.building_mode",
+)
+def a_joint_phase_has_one_embedding(config: StackWiseConfig) -> Problem | None:
+    progressive = config.training.progressive
+    joint = program_of(config) == "independent" and progressive.joint_tuning is True
+    if not joint or progressive.independent_io != "own":
+        return None
+    message = "is of no use to a joint phase, in which all stacks run between one embedding and one head"
+    hint = "or set training.progressive.joint_tuning to false"
+    return Problem("training.progressive.independent_io", message, "own", "auto, shared", hint)
+
+
+@rule(
+    "training.progressive.shared_start_fraction",
+    "training.progressive.train_stacks",
+    "checkpoint.init_from",
+    "model.stacks",
+    "training.progressive.building_mode",
+)
+def a_shared_start_is_shared(config: StackWiseConfig) -> Problem | None:
+    progressive, shapes = config.training.progressive, config.model.stacks
+    key, given = "training.progressive.shared_start_fraction", progressive.shared_start_fraction
+    if program_of(config) != "independent" or not given:
+        return None
+    if shapes is not None and any(a != b for a, b in pairwise(shapes)):
+        return Problem(key, "copies one stack into all, but model.stacks makes them unlike", given, "0")
+    if progressive.train_stacks is not None and config.checkpoint.init_from is None:
+        message = "is not trained where training.progressive.train_stacks trains single stacks"
+        hint = "train one stack first, and set checkpoint.init_from to that run for all of them"
+        return Problem(key, message, given, "0", hint)
+    return None
 
 
 @rule(

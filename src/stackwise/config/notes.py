@@ -46,6 +46,14 @@ def tunes_jointly(config: StackWiseConfig) -> bool:
     return grows(config) and progressive.building_mode == "append" if wanted == "auto" else wanted
 
 
+def has_own_io(config: StackWiseConfig) -> bool:
+    """Whether independent stacks train embedding, norm and head of their own."""
+    choice = config.training.progressive.independent_io
+    if program_of(config) != "independent" or choice == "shared":
+        return False
+    return choice == "own" or (objective_rules.time_of(config) == "depth" and not tunes_jointly(config))
+
+
 def trains_the_trunk(config: StackWiseConfig) -> bool:
     """Whether older stacks train again at a rate of their own."""
     progressive = config.training.progressive
@@ -101,6 +109,8 @@ KEYS_OF_MODES: dict[str, tuple[str, ...]] = {
     "training.progressive.cycle_steps": ("cyclic",),
     "training.progressive.cycle_order": ("cyclic",),
     "training.progressive.train_stacks": ("independent", "by_hand"),
+    "training.progressive.independent_io": ("independent",),
+    "training.progressive.shared_start_fraction": ("independent",),
     "training.progressive.stage_weights": ("append", "prepend", "independent"),
 }
 """Key -> the programs (`rules.program_of`) in which it has an effect."""

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config.errors import ConfigError, Problem, show
-from stackwise.config.notes import grows, trains_the_trunk, tunes_jointly
+from stackwise.config.notes import grows, has_own_io, trains_the_trunk, tunes_jointly
 from stackwise.config.objective_rules import masks
 from stackwise.config.rules import appends, growth_factor, program_of, stacks_at_the_end
 
@@ -87,6 +87,10 @@ def resolve(
         "grow": ("always", "always"),
         "independent": ("first", "first"),
     }
+    if program == "independent":
+        own = has_own_io(config)
+        reason = "each stack is asked by itself" if own else "all stacks run behind one embedding"
+        fill("training.progressive.independent_io", "own" if own else "shared", reason)
     if program in trains:
         fill("training.progressive.train_head", trains[program][0], f"under {program}")
         fill("training.progressive.train_embedding", trains[program][1], f"under {program}")

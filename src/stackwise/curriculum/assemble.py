@@ -8,6 +8,7 @@ from stackwise.curriculum.growth import grow
 from stackwise.curriculum.layout import Copies
 from stackwise.curriculum.stage import Stage
 from stackwise.model.init import start_spectral_norm
+from stackwise.model.own_io import InOut
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
 from stackwise.model.spectral import add_spectral_norm, fold_spectral_norm
@@ -31,7 +32,8 @@ def realise(
 
     Growth comes first, while the source of a copy is still what it was trained as. A stack that trains again is
     unpacked as it is stored, so that the outputs stay. `merge_trunk`: where the rack grows, sets called `trunk` are
-    folded into the weights below them and start anew (LoQT: Loeschcke et al. 2024, arXiv 2405.16528).
+    folded into the weights below them and start anew (LoQT: Loeschcke et al. 2024, arXiv 2405.16528). A stack's own
+    embedding, norm and head start as a copy of the rack's.
     """
     copies: Copies = {}
     if stage.grow is not None:
@@ -41,6 +43,10 @@ def realise(
     for described in spec.stacks:
         stack = next(stack for stack in rack.stacks if stack.uid == described.uid)
         stack.take_notes(described)
+        if not described.own_io:
+            stack.io = None
+        elif stack.io is None:
+            stack.io = InOut(spec).copy_from(rack)
         if stack.spectral and not described.spectral:
             fold_spectral_norm(stack)
         if described.weight_format == "fp32" and stack.weight_format != "fp32":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.objective_rules import time_of
-from stackwise.config.rules import stacks_at_the_end
+from stackwise.config.rules import program_of, stacks_at_the_end
 from stackwise.model.describe import tail_blocks
 from stackwise.objectives.depth import stack_noise
 
@@ -63,13 +63,21 @@ def pieces(
 
 
 def stack_budgets(config: StackWiseConfig, steps: int) -> list[int]:
-    """Optimizer steps of every stack, in build order."""
+    """Optimizer steps of every stack, in build order; what a shared start takes is not theirs."""
     count = stacks_at_the_end(config)
     weights = config.training.progressive.stage_weights or [1.0] * count
     if len(weights) != count:
         message = f"must have one number per stack ({count}), got {len(weights)}"
         raise ConfigError(Problem("training.progressive.stage_weights", message))
-    return shares(steps * count, weights)
+    return shares(steps * count - shared_start_steps(config, steps), weights)
+
+
+def shared_start_steps(config: StackWiseConfig, steps: int) -> int:
+    """Optimizer steps in which one stack trains for all independent ones."""
+    if program_of(config) != "independent":
+        return 0
+    fraction = config.training.progressive.shared_start_fraction
+    return max(1, round(fraction * steps * stacks_at_the_end(config))) if fraction else 0
 
 
 def noise(config: StackWiseConfig, build_index: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import ConfigError, Problem
-from stackwise.config.notes import tunes_jointly
+from stackwise.config.notes import has_own_io, tunes_jointly
 from stackwise.config.rules import growth_factor, program_of, stacks_at_the_end
 from stackwise.curriculum import choices
 from stackwise.curriculum.joint import joint_stages
@@ -160,33 +160,50 @@ def _one_by_one(config: StackWiseConfig, steps: int, op: str) -> list[Stage]:
 
 
 def independent(config: StackWiseConfig, steps: int) -> list[Stage]:
-    """Every stack alone between embedding and head, which the stack next to the head (built first) trains for all.
+    """Every stack alone between embedding and head; those that are shared train with the one next to the head, first.
 
     What a stage does depends on its stack only, its place in the data included, so that stacks can be trained in any
-    order and in several processes.
+    order and in several processes. After a shared start each stage adds a copy of the last copy, which has not trained
+    yet, for the next one to train.
     """
     count, shapes = stacks_at_the_end(config), stack_blocks(config)
-    progressive = config.training.progressive
-    budgets = choices.stack_budgets(config, steps)
+    training, progressive = config.training, config.training.progressive
+    budgets, begun = choices.stack_budgets(config, steps), choices.shared_start_steps(config, steps)
+    grows = begun > 0 and config.checkpoint.init_from is None
     chosen = progressive.train_stacks or range(count - 1, -1, -1)
     listed = []
+    if grows:
+        around = (*choices.embedding(config, True), "new", *choices.head(config, True))
+        listed = [Stage("shared start", 1, around, begun, warmup_steps=training.warmup_steps, data_start=0)]
     for position in chosen:
         built = count - 1 - position
-        place, start = sorted(chosen).index(position), sum(budgets[:built])
+        shape, start = shapes[position], begun + sum(budgets[:built])
+        n_stacks, place = len(chosen), sorted(chosen).index(position)
+        growth = None
+        if grows and built < count - 1:
+            n_stacks, place = built + 2, 1
+            growth = Growth("prepend", len(shape), "copy")
         for i, (piece, what, part) in enumerate(
-            choices.pieces(config, f"stack:{place}", place, len(shapes[position]), budgets[built])
+            choices.pieces(config, f"stack:{place}", place, len(shape), budgets[built])
         ):
-            first = built == 0 and i == 0
-            rate = config.training.new_stack_lr if built else None
+            first = built == 0 and i == 0 and not begun
+            own = has_own_io(config) and (built > 0 or begun > 0)
+            rate = training.new_stack_lr if built or begun else None
             listed.append(
                 Stage(
                     name=", ".join(filter(None, (f"stack {built + 1}", what))),
-                    n_stacks=len(chosen),
-                    trains=(*choices.embedding(config, first), piece, *choices.head(config, first)),
+                    n_stacks=n_stacks,
+                    trains=(
+                        *choices.embedding(config, first),
+                        piece,
+                        *([f"io:{place}"] if own else []),
+                        *choices.head(config, first),
+                    ),
                     steps=part,
+                    grow=growth if i == 0 else None,
                     lr=rate,
                     trunk_lr=rate,
-                    warmup_steps=config.training.warmup_steps,
+                    warmup_steps=training.warmup_steps,
                     alone=built,
                     data_start=start,
                     **choices.noise(config, built),

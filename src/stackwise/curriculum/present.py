@@ -32,9 +32,15 @@ def with_target(config: StackWiseConfig, mode: str, stacks: int, present: int) -
 def stacks_at_the_start(config: StackWiseConfig) -> int:
     """Stacks that the first stage of a progressive config finds."""
     count, program = stacks_at_the_end(config), program_of(config)
-    if program in ("append", "prepend"):
+    if program in ("append", "prepend") or starts_together(config):
         return 1
     return count // (growth_factor(config) or 1) if program == "grow" else count
+
+
+def starts_together(config: StackWiseConfig) -> bool:
+    """Whether independent stacks begin as one stack, which is trained here."""
+    shared = config.training.progressive.shared_start_fraction > 0
+    return program_of(config) == "independent" and shared and config.checkpoint.init_from is None
 
 
 def stages_from(config: StackWiseConfig, spec: RackSpec, trained: Collection[str], steps: int) -> list[Stage]:
@@ -56,6 +62,12 @@ def stages_from(config: StackWiseConfig, spec: RackSpec, trained: Collection[str
         stages[0] = replace(stages[0], grow=None)
         if all(stack.uid in trained for stack in spec.stacks):
             stages = stages[1:]
+    elif starts_together(config):
+        if present != 1:
+            raise ValueError(
+                f"training.progressive.shared_start_fraction starts from one stack, and the rack has {present}"
+            )
+        stages = templates
     elif program == "independent":
         # The curriculum counts from the head; the stacks here may have been built in any order.
         stages = [replace(s, alone=spec.stacks[end - 1 - (s.alone or 0)].build_index) for s in templates]

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 from stackwise.adapters.settings import AdapterKeys
 from stackwise.config.base import Settings
 from stackwise.config.types import (
+    BelowOne,
     Flag,
     Int,
     NonNegativeFloat,
@@ -148,6 +149,10 @@ class CurriculumKeys(Settings):
     """Order of the stacks in a sweep, from the embedding or from the head; random is drawn for every sweep and takes embedding and head, otherwise the first, along."""
     train_stacks: Annotated[list[NonNegativeInt], MinLen(1)] | None = None
     """Positions of the stacks that independent trains here, in this order; `stackwise merge` unites runs. null: all."""
+    independent_io: Literal["auto", "own", "shared"] = "auto"
+    """Embedding, norm and head under independent. shared: all stacks use those that the stack next to the head trains; own: each other stack trains a copy, which is a part of it. auto: own where time is depth and no joint phase follows, else shared."""
+    shared_start_fraction: BelowOne = 0.0
+    """Under independent, the share of the run's steps in which one stack first trains on everything, with embedding, norm and head; every stack then starts as a copy of it. 0 is off. With `checkpoint.init_from`, a run of one stack, that has happened there."""
     stage_weights: Annotated[list[PositiveFloat], MinLen(1)] | None = None
     """Relative budgets of the stack stages in build order, one number per stack. null: equal."""
 

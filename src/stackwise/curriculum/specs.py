@@ -32,7 +32,7 @@ def first_spec(config: StackWiseConfig, stages: list[Stage]) -> RackSpec:
     mode = progressive.building_mode if program == "by_hand" else program
     if mode == "independent":
         last = len(blocks) - 1
-        chosen = sorted(progressive.train_stacks or range(len(blocks)))
+        chosen = sorted(progressive.train_stacks or range(len(blocks)))[-count:]
         return spec.with_stacks([StackSpec(f"s{last - p}", blocks[p], last - p) for p in chosen])
     first = blocks[len(blocks) - count :] if mode == "prepend" else blocks[:count]
     loaded = config.checkpoint.init_from is not None
@@ -61,7 +61,11 @@ def stage_spec(config: StackWiseConfig, before: RackSpec, stage: Stage, run_form
     taught = any(stack.trained for stack in before.stacks)
     copied = taught and stage.grow is not None and stage.grow.init != "random"
     stacks = [
-        _newborn(config, stack, stage, copied) if stack.uid in joining else stack for stack in grown.stacks
+        # a copy that waits for its own stage has not trained: it is not stored as if it were done
+        _newborn(config, stack, stage, copied and stage.alone in (None, stack.build_index))
+        if stack.uid in joining
+        else stack
+        for stack in grown.stacks
     ]
     if config.training.progressive.qlora_enabled:
         newest = max(stacks, key=lambda stack: stack.build_index).uid
@@ -70,6 +74,7 @@ def stage_spec(config: StackWiseConfig, before: RackSpec, stage: Stage, run_form
     spec = grown.with_stacks(stacks)
     units = trained_units(spec, stage)
     spectral = config.model.spectral_norm
+    stacks = [_with_io(stack, stage, units) for stack in stacks]
     return spec.with_stacks([_stored(stack, stage, units, run_format, spectral) for stack in stacks])
 
 
@@ -105,6 +110,18 @@ def _with_sets(config: StackWiseConfig, stack: StackSpec, is_trunk: bool) -> Sta
     have = {adapters.name for adapters in stack.adapters}
     new = tuple(set_of(progressive, name, stack.build_index) for name in wanted if name not in have)
     return replace(stack, adapters=stack.adapters + new)
+
+
+def _with_io(stack: StackSpec, stage: Stage, units: set[str]) -> StackSpec:
+    """The stack with an embedding, norm and head of its own from the stage on that trains them, to where the whole rack
+    runs, which has use for one embedding and head alone."""
+    trains = f"io:{stack.uid}" in units
+    if trains and stage.alone != stack.build_index:
+        raise ValueError(
+            f"stage {stage.name!r} trains embedding and head of stack {stack.uid!r}, which does not run alone in it; "
+            f"set alone to {stack.build_index}"
+        )
+    return replace(stack, own_io=stage.alone is not None and (trains or stack.own_io))
 
 
 def _stored(stack: StackSpec, stage: Stage, units: set[str], run_format: str, spectral: bool) -> StackSpec:

@@ -3,7 +3,7 @@
 The trunk is derived, never configured. Forward order decides: units before the first trainable one are the prefix and
 run without gradient in eval mode; frozen units behind it are the suffix, through which gradients flow.
 
-Names of units: embedding, stack:<uid>, block:<uid>.<i>, lora.<set>:<uid>, tail, norm, head.
+Names of units: embedding, stack:<uid>, block:<uid>.<i>, lora.<set>:<uid>, io:<uid>, tail, norm, head.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def selectors(spec: RackSpec) -> dict[str, list[str]]:
     }
     for position, stack in enumerate(spec.stacks):
         table[f"stack:{position}"] = [stacks[position]]
+        table[f"io:{position}"] = [f"io:{stack.uid}"]
         for i in range(len(stack.blocks)):
             table[f"block:{position}.{i}"] = [_own_units(stack, f"block:{stack.uid}.{i}")]
         for adapter in stack.adapters:
@@ -68,12 +69,12 @@ def _own_units(stack: StackSpec, name: str) -> str:
 
 def _matches_nothing(selector: str, spec: RackSpec) -> str:
     known = [name for name, units in selectors(spec).items() if units]
-    shown = [name for name in known if not name.startswith(("stack:", "block:"))]
+    shown = [name for name in known if not name.startswith(("stack:", "block:", "io:"))]
     last, blocks = len(spec.stacks) - 1, ", ".join(str(len(stack.blocks)) for stack in spec.stacks)
     close = did_you_mean(selector, known)
     return (
         f"matches nothing in a rack of {len(spec.stacks)} stacks with {blocks} blocks; known: {', '.join(shown)}, "
-        f"stack:0 to stack:{last}, block:<stack>.<block>" + (f"; {close}" if close else "")
+        f"stack:0 to stack:{last}, block:<stack>.<block>, io:<stack>" + (f"; {close}" if close else "")
     )
 
 
@@ -82,7 +83,9 @@ def units_of(name: str, adapter_set: str | None = None) -> set[str]:
     first, _, rest = name.partition(".")
     if first != "stacks":
         return {"embedding" if first in ("positions", "time") else first}
-    uid, _, i, *_ = rest.split(".")
+    uid, inside, i, *_ = rest.split(".")
+    if inside == "io":
+        return {f"io:{uid}"}
     return {f"stack:{uid}", f"block:{uid}.{i}"} | ({f"lora.{adapter_set}:{uid}"} if adapter_set else set())
 
 
@@ -114,7 +117,8 @@ def split_of(rack: Rack, alone: int | None = None) -> Split:
         for stack in rack.stacks:
             stop = start + len(stack.blocks)
             if stack.build_index == alone:
-                return Split(0 if _trains(rows[0][1]) else 1, count, start, stop)
+                lookup: list[nn.Module] = rows[0][1] if stack.io is None else [stack.io]
+                return Split(0 if _trains(lookup) else 1, count, start, stop)
             start = stop
         raise ValueError(f"no stack of the rack has the build index {alone}")
     prefix = 0
@@ -142,6 +146,9 @@ def apply_training(rack: Rack, units: Iterable[str], alone: int | None = None) -
             module.requires_grad_(not wanted.isdisjoint(names))
             module.train(not wanted.isdisjoint(names))
     for stack in rack.stacks:
+        if stack.io is not None:
+            stack.io.requires_grad_(f"io:{stack.uid}" in wanted)
+            stack.io.train(f"io:{stack.uid}" in wanted)
         for adapter in stack.adapters:
             if f"lora.{adapter.name}:{stack.uid}" in wanted:
                 for module in set_modules(stack, adapter.name):
@@ -153,7 +160,7 @@ def apply_training(rack: Rack, units: Iterable[str], alone: int | None = None) -
             parameter.grad = None
     rack.training = True
     if rack.dropout is not None:
-        rack.dropout.train("embedding" in wanted)
+        rack.dropout.train("embedding" in wanted or any(unit.startswith("io:") for unit in wanted))
     split = split_of(rack, alone)
     rack.span = (0, None) if alone is None else (split.start, split.stop)
     return split

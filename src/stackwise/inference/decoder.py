@@ -45,7 +45,7 @@ class Decoder:
         self.length = self._n_prompt = n_tokens
         self._positions, self._mask = ahead, mask_BT
         self._started = False
-        return rack.head(hidden[:, -1])
+        return rack.io.head(hidden[:, -1])
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token per row. One more than `capacity` is a ValueError."""
@@ -64,7 +64,7 @@ class Decoder:
             hidden = self.rack.forward_features(
                 ids_B[:, None], mask, position_ids=positions, cache=self._cache
             )
-            logits = self.rack.head(hidden[:, -1])
+            logits = self.rack.io.head(hidden[:, -1])
         self.length += 1
         return logits
 

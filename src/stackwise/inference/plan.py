@@ -26,8 +26,9 @@ from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
 from stackwise.model.norms import LayerNorm, RMSNorm
+from stackwise.model.own_io import Head
 from stackwise.model.positions import LearnedPositions, SinusoidalPositions
-from stackwise.model.rack import Head, Rack, Stacks, recompute_block, run_block
+from stackwise.model.rack import Rack, Stacks, recompute_block, run_block
 from stackwise.model.short_conv import ShortConv
 
 COPY_LIMIT = 2 * 2**30

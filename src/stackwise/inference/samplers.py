@@ -121,6 +121,8 @@ def stream(canvas: Canvas, open_BT: Tensor) -> None:
     if not isinstance(denoiser, Denoiser) or denoiser.intervals is None:
         raise AskedError(NO_INTERVALS)
     rack, last = denoiser.rack, len(denoiser.rack.stacks) - 1
+    if any(stack.io is not None for stack in rack.stacks):
+        raise AskedError(OWN_EMBEDDINGS)
     context = rack.make_context(canvas.ids, canvas.attention_mask, canvas.position_ids)
     x_BTD = rack.embed(canvas.ids, context)
     begun_B = torch.zeros_like(open_BT[:, 0])
@@ -137,11 +139,19 @@ def stream(canvas: Canvas, open_BT: Tensor) -> None:
             hidden = x_BTD
             if denoiser.path != "alone":
                 hidden = rack.run(hidden, context, len(rack.blocks()) - len(rack.tail))
-            logits = finite(denoiser.read(rack.norm(hidden), masked.flatten().nonzero().squeeze(1)))
+            shares = torch.full_like(
+                canvas.n_real, denoiser.intervals.of(last - position)[1], dtype=torch.float64
+            )
+            at = masked.flatten().nonzero().squeeze(1)
+            logits = finite(denoiser.read(rack.norm(hidden), at, shares))
             chosen = _fill_surest(canvas, masked, reveal, logits)
             x_BTD = torch.where(chosen[:, :, None], rack.embed(canvas.ids, context), x_BTD)
 
 
+OWN_EMBEDDINGS = (
+    "stream hands states from stack to stack, and stacks of this rack have embeddings of their own; choose the sampler "
+    "unroll, or train with training.progressive.independent_io=shared"
+)
 NO_INTERVALS = (
     "no stack of this rack owns an interval of noise, so there is nothing to unroll; choose the sampler confidence, "
     "or train with training.progressive.time_interpretation depth"

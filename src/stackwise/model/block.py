@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stackwise.model.cache import BlockCache
 from stackwise.model.names import PlainNames
+from stackwise.model.own_io import InOut
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
@@ -129,6 +130,8 @@ class Stack(PlainNames):
         self.compute_dtype: str | None = None
         self.frozen_format: str | None = None
         self.trained = self.adapters_only = self.spectral = False
+        self.io: InOut | None = None
+        """Embedding, norm and head of its own, between which it runs alone."""
         self.blocks = nn.ModuleList(blocks)
         if not len(self.blocks):
             raise ValueError("a stack needs at least one block")
@@ -167,6 +170,7 @@ class Stack(PlainNames):
             self.trained,
             self.adapters_only,
             self.spectral,
+            self.io is not None,
         )
 
     @property
@@ -180,8 +184,8 @@ class Stack(PlainNames):
 
     def unfreeze_all(self) -> None:
         """Thaw everything but frozen up projections."""
-        for block in self.blocks:
-            block.requires_grad_(True)
+        for part in (*self.blocks, *([self.io] if self.io is not None else [])):
+            part.requires_grad_(True)
         self.train()
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:

@@ -108,14 +108,16 @@ def step_flops(
     alone: int | None = None,
     scored: float = 1.0,
 ) -> float:
-    """FLOP per token of one training step that trains the named units (see `rows_of`; and "embedding", "norm", "head").
+    """FLOP per token of one training step that trains the named units (see `rows_of`; and "embedding", "norm", "head",
+    and "io:<uid>" for those of a stack that runs alone).
 
     `recompute`: blocks that gradients pass run their forward pass twice; `recompute_frozen` (null: alike) says it for
     those of which no more than adapters train. `cached`: leading blocks whose output is
     read from the activation store. `scored`: share of the positions that the head reads. Looking up the embedding is
     free.
     """
-    total, flows = 0.0, "embedding" in trained
+    own_io = any(unit.startswith("io:") for unit in trained)
+    total, flows = 0.0, own_io or "embedding" in trained
     for index, work in enumerate(rows_of(spec, trained, alone)):
         if index < cached:
             continue
@@ -125,7 +127,7 @@ def step_flops(
     head = 2.0 * spec.vocab_size * spec.d_model * scored
     flows = flows or "norm" in trained
     own = "embedding" if spec.tied else "head"
-    return total + head * (1 + flows + (own in trained))
+    return total + head * (1 + flows + (own_io or own in trained))
 
 
 def step_units(
@@ -137,7 +139,7 @@ def step_units(
     alone: int | None = None,
 ) -> int:
     """The cost of a step in forward passes of one block; embedding and head are left out."""
-    total, flows = 0, "embedding" in trained
+    total, flows = 0, "embedding" in trained or any(unit.startswith("io:") for unit in trained)
     for index, work in enumerate(rows_of(spec, trained, alone)):
         if index < cached:
             continue

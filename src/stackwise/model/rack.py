@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stackwise.kernels.embedding import look_up
-from stackwise.kernels.linear import linear
 from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, KVCache
 from stackwise.model.init import Start, init_weights
 from stackwise.model.linear import Linear
 from stackwise.model.modes import autocast_to
 from stackwise.model.names import PlainNames, adapter_set_of
-from stackwise.model.registry import NORM_LAYERS, POSITION_LAYERS
+from stackwise.model.own_io import Head, InOut
+from stackwise.model.registry import POSITION_LAYERS
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import fold_spectral_norm, follow_weights
 from stackwise.model.time import Condition, TimeInput
@@ -79,26 +79,6 @@ class Stacks(nn.Module):
         return list(self)[position]
 
 
-class Head(nn.Module):
-    """hidden -> logits. Holds no weight of its own when it is tied to the embedding."""
-
-    def __init__(self, d_model: int, vocab_size: int, tied_to: nn.Embedding | None) -> None:
-        super().__init__()
-        if tied_to is None:
-            self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        else:
-            self.register_parameter("weight", None)
-            self._tied = [tied_to]  # in a list, so that the embedding is not registered a second time
-
-    @property
-    def matrix(self) -> nn.Parameter:
-        """The [V, D] matrix, whoever owns it."""
-        return self.weight if self.weight is not None else self._tied[0].weight
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return linear(hidden_BTD, self.matrix)
-
-
 class Rack(PlainNames):
     """A language model made of stacks.
 
@@ -111,16 +91,17 @@ class Rack(PlainNames):
         super().__init__()
         d_model = spec.d_model
         self.spec = spec
-        # Without torch's own random start: `init_weights` gives one, and on the meta device the other would import
-        # the compiler, which takes a second.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, d_model), freeze=False)
+        ends = InOut(spec)
+        self.embedding = ends.embedding
         self.positions = POSITION_LAYERS.get(spec.positions)(spec.max_seq_len, d_model)
         self.time = None if spec.time is None else TimeInput(spec.time, d_model)
         fresh = stacks is None
         self.stacks = Stacks(stacks or [Stack.from_spec(s, i) for i, s in enumerate(spec.stacks)])
+        for stack, described in zip(self.stacks, spec.stacks, strict=True):
+            if described.own_io and stack.io is None:
+                stack.io = InOut(spec)
         self.tail = nn.ModuleList(Block(block) for block in spec.tail)
-        self.norm = NORM_LAYERS.get(spec.norm)(d_model, spec.norm_eps, any(b.bias for b in spec.blocks))
-        self.head = Head(d_model, spec.vocab_size, self.embedding if spec.tied else None)
+        self.norm, self.head = ends.norm, ends.head
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.runner: Runner = run_block
         self.span: tuple[int, int | None] = (0, None)
@@ -187,6 +168,21 @@ class Rack(PlainNames):
     def get_trainable_parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    @property
+    def io(self) -> Rack | InOut:
+        """Who has the embedding, norm and head around the blocks that run: a stack that runs alone may."""
+        start, stop = self.span
+        if stop is None:
+            return self
+        ends = [0]
+        for stack in self.stacks:
+            ends.append(ends[-1] + len(stack.blocks))
+        return self.io_of(ends.index(start))
+
+    def io_of(self, position: int) -> Rack | InOut:
+        """Who has the embedding, norm and head around the stack at a position where that runs alone."""
+        return self.stacks[position].io or self
+
     def get_embedding_layer(self) -> nn.Embedding:
         return self.embedding
 
@@ -220,7 +216,8 @@ class Rack(PlainNames):
             cache=cache,
             time_step=time_step,
         )
-        return self.head(hidden)
+        logits: Tensor = self.io.head(hidden)
+        return logits
 
     def forward_features(
         self,
@@ -248,7 +245,7 @@ class Rack(PlainNames):
             x_BTD = self.embed(input_ids, context)
             x_BTD = self.run(x_BTD, context, start, blocks, cache)
         x_BTD = self.run(x_BTD, context, blocks, stop, cache)
-        hidden: Tensor = self.norm(x_BTD)
+        hidden: Tensor = self.io.norm(x_BTD)
         return hidden
 
     def follow_weights(self) -> None:
@@ -297,15 +294,16 @@ class Rack(PlainNames):
             return self.run(hidden, context, bounds[start], bounds[end])
         return self.norm(self.run(hidden, context, bounds[start]))
 
-    def look_up(self, input_ids: Tensor) -> Tensor:
-        """Token vectors without positions: ids of any shape -> [..., D], a new tensor."""
-        narrow = self.embedding.weight.dtype != self.dtype
-        x = look_up(input_ids, self.embedding.weight, self.dtype) if narrow else self.embedding(input_ids)
+    def look_up(self, input_ids: Tensor, io: Rack | InOut | None = None) -> Tensor:
+        """Token vectors without positions: ids of any shape -> [..., D], a new tensor. `io` null: `self.io`."""
+        embedding = (io or self.io).embedding
+        narrow = embedding.weight.dtype != self.dtype
+        x = look_up(input_ids, embedding.weight, self.dtype) if narrow else embedding(input_ids)
         return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
 
-    def embed(self, input_ids: Tensor, context: Context) -> Tensor:
+    def embed(self, input_ids: Tensor, context: Context, io: Rack | InOut | None = None) -> Tensor:
         """Token embedding, plus positions and time where they are added there. [B, T] -> [B, T, D]."""
-        x_BTD = self.look_up(input_ids)
+        x_BTD = self.look_up(input_ids, io)
         if self.positions is not None:
             position_ids = context.position_ids
             if position_ids is None:

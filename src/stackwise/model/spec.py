@@ -145,7 +145,8 @@ class StackSpec:
     `adapters` are the sets attached to the stack, in the order of their making. `compute_dtype` and `frozen_format`
     (how to store it once it freezes) null are the run's. `trained`: its weights have learned something, themselves or
     as those they were copied from. `adapters_only`: its matrices never train, the set `stack` does in their place.
-    `spectral`: it computes with its matrices divided by their largest singular values (`model.spectral`).
+    `spectral`: it computes with its matrices divided by their largest singular values (`model.spectral`). `own_io`: it
+    has an embedding, a norm and a head of its own, between which it runs alone.
     """
 
     uid: str
@@ -158,6 +159,7 @@ class StackSpec:
     trained: bool = False
     adapters_only: bool = False
     spectral: bool = False
+    own_io: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StackSpec:

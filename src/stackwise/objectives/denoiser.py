@@ -25,6 +25,7 @@ from stackwise.objectives.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
+    from stackwise.model.own_io import InOut
     from stackwise.model.rack import Rack
 
 PATHS = ("rack", "alone", "suffix", "prefix")
@@ -74,6 +75,7 @@ class Denoiser:
         `shares` [B] in (0, 1]: the share of hidden tokens of each row, which routes it; null: as it is. A position
         without one before it is a ValueError where the rack is shifted.
         """
+        shares = self.shares_of(input_ids, attention_mask) if shares is None else shares
         hidden = self.hidden(
             input_ids,
             attention_mask=attention_mask,
@@ -81,21 +83,29 @@ class Denoiser:
             document_ids=document_ids,
             shares=shares,
         )
-        return self.read(hidden, positions)
+        return self.read(hidden, positions, shares)
 
-    def read(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """What the head makes of hidden states [B, T, D]: `logits` at `positions`."""
+    def read(self, hidden: Tensor, positions: Tensor, shares: Tensor) -> Tensor:
+        """What the head makes of hidden states [B, T, D] of rows with these shares: `logits` at `positions`."""
         if self.shifted:
             if bool((positions % hidden.shape[1] == 0).any()):
                 raise ValueError(
                     "the first token of a row cannot be predicted: the model looks at the one before it"
                 )
             positions = positions - 1
-        return self._head(hidden, positions)
+        return self._head(hidden, positions, self._owners(shares))
 
-    def _head(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """float32 [n, V] from the hidden states at `positions`."""
-        logits = linear(hidden.flatten(0, 1)[positions], self.rack.head.matrix).float()
+    def _head(self, hidden: Tensor, positions: Tensor, owners: Tensor) -> Tensor:
+        """float32 [n, V] from the hidden states at `positions`, by the heads of the owners [B] of the rows."""
+        states, heads = hidden.flatten(0, 1)[positions], self._ios(owners)
+        if len(heads) == 1:
+            logits = linear(states, next(iter(heads)).head.matrix).float()
+        else:
+            of_position = owners.to(positions.device)[positions // hidden.shape[1]]
+            logits = states.new_empty(len(states), self.rack.spec.vocab_size, dtype=torch.float32)
+            for io, distances in heads.items():
+                rows = torch.isin(of_position, torch.tensor(distances, device=of_position.device))
+                logits[rows] = linear(states[rows], io.head.matrix).float()
         logits[:, list(self.banned)] = -torch.inf
         return logits
 
@@ -114,16 +124,12 @@ class Denoiser:
         time = None if self.schedule is None else self.schedule.inverse(1 - shares.double()).float()
         example = Example(input_ids, input_ids, attention_mask, position_ids, document_ids, time=time)
         self.forwards += 1
-        if self.intervals is None:
-            return self._run(example, [(0, None)])
-        owners = torch.tensor([self.intervals.owner(float(share)) for share in shares])
+        owners = self._owners(shares)
         listed = owners.unique().tolist()
         if len(listed) == 1:
-            return self._run(example, self.spans(listed[0]))
+            return self._run(example, listed[0])
         rows = [(owners == owner).nonzero().squeeze(1) for owner in listed]
-        parts = [
-            self._run(example.rows(row), self.spans(owner)) for row, owner in zip(rows, listed, strict=True)
-        ]
+        parts = [self._run(example.rows(row), owner) for row, owner in zip(rows, listed, strict=True)]
         joined = torch.cat(parts)
         return joined[torch.cat(rows).argsort().to(joined.device)]
 
@@ -146,12 +152,32 @@ class Denoiser:
         tail: list[tuple[int, int | None]] = [] if self.path == "alone" else [(ends[-1], None)]
         return [(first, last), *tail]
 
-    def _run(self, example: Example, spans: Sequence[tuple[int, int | None]]) -> Tensor:
-        context = context_of(self.rack, example)
-        x_BTD = self.rack.embed(example.input_ids, context)
-        for start, stop in spans:
+    def _owners(self, shares: Tensor) -> Tensor:
+        """int64 [B], in host memory: distance of the stack that owns the share of each row; 0 where none does."""
+        if self.intervals is None:
+            return torch.zeros(len(shares), dtype=torch.int64)
+        return torch.tensor([self.intervals.owner(float(share)) for share in shares])
+
+    def _io(self, distance: int) -> Rack | InOut:
+        """Who has the embedding, norm and head for the interval at this distance."""
+        if self.path != "alone":
+            return self.rack
+        return self.rack.io_of(len(self.rack.stacks) - 1 - distance)
+
+    def _ios(self, owners: Tensor) -> dict[Rack | InOut, list[int]]:
+        """All that these owners have, and whose they are."""
+        listed: dict[Rack | InOut, list[int]] = {}
+        for distance in owners.unique().tolist():
+            listed.setdefault(self._io(distance), []).append(distance)
+        return listed
+
+    def _run(self, example: Example, distance: int) -> Tensor:
+        """What the head reads of rows that belong to the interval at this distance."""
+        context, io = context_of(self.rack, example), self._io(distance)
+        x_BTD = self.rack.embed(example.input_ids, context, io)
+        for start, stop in [(0, None)] if self.intervals is None else self.spans(distance):
             x_BTD = self.rack.run(x_BTD, context, start, stop)
-        hidden: Tensor = self.rack.norm(x_BTD)
+        hidden: Tensor = io.norm(x_BTD)
         return hidden
 
     def judge(self, example: Example, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,6 +186,9 @@ class Denoiser:
         In the order of `scored`; 0 and false where a position has no label. `shares` as of `logits`.
         """
         assert example.scored is not None
+        if shares is None:
+            shares = self.shares_of(example.input_ids, example.attention_mask)
+        owners = self._owners(shares)
         hidden = self.hidden(
             example.input_ids,
             attention_mask=example.attention_mask,
@@ -171,7 +200,9 @@ class Denoiser:
         nll, right = [], []
         size = chunk_rows(len(self.rack.head.matrix), device=hidden.device.type)
         for positions, wanted in zip(example.scored.split(size), labels.split(size), strict=True):
-            logits = self._head(hidden, positions)  # labels are aligned with the positions that predict them
+            logits = self._head(
+                hidden, positions, owners
+            )  # labels are aligned with the positions that predict them
             nll.append(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none"))
             right.append(logits.argmax(-1) == wanted)
         return torch.cat(nll), torch.cat(right)

@@ -29,7 +29,7 @@ def hidden_of(rack: Rack, objective: Objective, example: Example) -> Tensor:
     """What the head reads, [B, T, D]."""
     context = context_of(rack, example)
     x_BTD = objective.embedded(rack.embed(example.input_ids, context), example)
-    hidden: Tensor = rack.norm(rack.run(x_BTD, context, *rack.span))
+    hidden: Tensor = rack.io.norm(rack.run(x_BTD, context, *rack.span))
     return hidden
 
 

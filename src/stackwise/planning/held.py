@@ -18,7 +18,7 @@ from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.planning.situation import Situation, shortened
 from stackwise.precision.frozen_linear import FrozenLinear
 from stackwise.training.optim_bytes import parameter_bytes
-from stackwise.training.optim_rules import is_block_matrix, memory_of
+from stackwise.training.optim_rules import is_block_matrix, memory_of, own_name
 from stackwise.trunk.legality import cache_refusal
 from stackwise.trunk.residency import trains
 
@@ -119,7 +119,7 @@ def part_of(name: str) -> str:
     """The part that a tensor of a rack belongs to, by its name."""
     if adapter_set_of(name) is not None:
         return "adapters"
-    first = name.partition(".")[0]
+    first = own_name(name).partition(".")[0]
     return {"embedding": "embedding", "positions": "embedding", "time": "embedding", "head": "head"}.get(
         first, "blocks"
     )

@@ -197,7 +197,7 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
             with autocast_to(situation.dtype, device):
                 hidden = setup.forward(example)
                 marks.start()
-                loss = objective.loss(hidden, rack.head.matrix, example, situation.loss_rows)[0]
+                loss = objective.loss(hidden, rack.io.head.matrix, example, situation.loss_rows)[0]
             loss = loss / objective.weight(example)
             del hidden
             marks.start()

@@ -167,7 +167,7 @@ def _whole(stage: Stage, count: int) -> Stage:
         kind, colon, rest = selector.partition(":")
         if kind == "block":
             return f"block:{position}.{rest.partition('.')[2]}"
-        return f"stack:{position}" if colon else selector
+        return f"{kind}:{position}" if colon else selector
 
     return replace(stage, n_stacks=count, trains=tuple(renamed(selector) for selector in stage.trains))
 

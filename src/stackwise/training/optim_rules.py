@@ -30,8 +30,14 @@ class Rule(NamedTuple):
     weight_decay: float
 
 
+def own_name(name: str) -> str:
+    """The name without the stack in front where it is the embedding, norm or head of a stack's own."""
+    return name.partition(".io.")[2] or name
+
+
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices inside blocks, adapters apart: what Muon takes."""
+    name = own_name(name)
     inside = name.startswith(("stacks.", "tail.")) and adapter_set_of(name) is None
     return parameter.dim() == 2 and inside and "_conv." not in name
 
@@ -69,7 +75,7 @@ def rule_for(name: str, parameter: Tensor, stage: Stage, newest: str, settings: 
     factor = 1.0 if own is None else own / opt.lr
     decays = (
         parameter.dim() >= 2
-        and not name.startswith(("embedding.", "positions.", "time."))
+        and not own_name(name).startswith(("embedding.", "positions.", "time."))
         and "_conv." not in name
     )
     decay = opt.weight_decay if decays else 0.0

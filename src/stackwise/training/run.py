@@ -17,6 +17,7 @@ from stackwise.config.objective_rules import label_of, masks, writes_samples
 from stackwise.config.resolve import Derived, resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import build_rack
+from stackwise.curriculum.choices import shared_start_steps
 from stackwise.curriculum.curricula import stages as stages_of_config
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import apply_training, trained_units
@@ -93,7 +94,11 @@ def train(
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
             if resolved.checkpoint.init_from is not None:
-                notes = [start_from(rack, resolved.checkpoint.init_from, corpus.tokenizer), *notes]
+                to_all = shared_start_steps(resolved, 1) > 0
+                notes = [
+                    start_from(rack, resolved.checkpoint.init_from, corpus.tokenizer, to_all=to_all),
+                    *notes,
+                ]
             engine = Engine(resolved, rack, stages, loader, **where)
         else:
             engine = _restore(resolved, loader, store, commit, metrics, where)

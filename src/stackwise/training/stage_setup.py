@@ -50,7 +50,7 @@ class StageSetup:
         """input_ids [B, T] -> what the head reads, [B, T, D]."""
         rack, split, context = self.rack, self.split, context_of(self.rack, example)
         x_BTD = self._active(example, context)
-        hidden: Tensor = rack.norm(rack.run(x_BTD, context, split.start, split.stop))
+        hidden: Tensor = rack.io.norm(rack.run(x_BTD, context, split.start, split.stop))
         return hidden
 
     def forward_past(self, example: Example) -> tuple[Tensor, Tensor]:

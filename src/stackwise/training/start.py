@@ -10,6 +10,7 @@ import torch
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.curriculum.growth import plain_tensors
 from stackwise.data.tokenizers import Tokenizer
+from stackwise.model.own_io import InOut
 from stackwise.model.rack import Rack
 from stackwise.training.stored import open_run
 
@@ -17,26 +18,35 @@ KEY = "checkpoint.init_from"
 
 
 @torch.no_grad()
-def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer) -> str:
+def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bool = False) -> str:
     """Load every tensor of `rack` that the run at `path` holds by name; says in a sentence what was taken.
 
-    Stacks in a storage format are unpacked, adapters folded into their weights. Raises RunFolderError or
-    CheckpointError where there is no such run, and ConfigError where its tokens, the order of its stacks or a shape
-    are others, or nothing fits.
+    Stacks in a storage format are unpacked, adapters folded into their weights. `to_all`: the run has one stack, and
+    all stacks of the rack start as a copy of it. Raises RunFolderError or CheckpointError where there is no such run,
+    and ConfigError where its tokens, the number or order of its stacks or a shape are others, or nothing fits.
     """
     run = open_run(path)
+    if to_all and len(run.rack.stacks) != 1:
+        message = f"has {len(run.rack.stacks)} stacks, and a shared start is a run of one"
+        hint = "or set training.progressive.shared_start_fraction to 0"
+        raise ConfigError(Problem(KEY, message, str(path), hint=hint))
     if run.tokenizer.hash != tokenizer.hash:
         raise ConfigError(
             Problem(KEY, "has another tokenizer, so its embedding means other tokens", str(path))
         )
     theirs = [stack.uid for stack in run.rack.stacks]
-    shared = [stack.uid for stack in rack.stacks if stack.uid in theirs]
-    if shared != [uid for uid in theirs if uid in shared]:
+    shared = [stack.uid for stack in rack.stacks if to_all or stack.uid in theirs]
+    if not to_all and shared != [uid for uid in theirs if uid in shared]:
         message = f"has its stacks in another order ({', '.join(theirs)}) than this run ({', '.join(shared)})"
         raise ConfigError(Problem(KEY, message, str(path), hint="use its building_mode"))
     values = {n: t for n, t in run.rack.state_dict().items() if not n.startswith("stacks.")}
     for stack in run.rack.stacks:
-        values |= {f"stacks.{stack.uid}.{name}": tensor for name, tensor in plain_tensors(stack).items()}
+        for uid in shared if to_all else [stack.uid]:
+            values |= {f"stacks.{uid}.{name}": tensor for name, tensor in plain_tensors(stack).items()}
+    have = {stack.uid for stack in run.rack.stacks if stack.io is not None}
+    for stack in rack.stacks:
+        if stack.uid in have:
+            stack.io = InOut(rack.spec).copy_from(rack)
     own = rack.state_dict()
     taken = [name for name in own if name in values]
     for name in taken:
@@ -60,7 +70,10 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer) -> str:
     for stack in rack.stacks:
         stack.trained = stack.trained or stack.uid in shared
     rack.spec = rack.spec.with_stacks(
-        [replace(stack, trained=stack.trained or stack.uid in shared) for stack in rack.spec.stacks]
+        [
+            replace(stack, trained=stack.trained or stack.uid in shared, own_io=stack.uid in have)
+            for stack in rack.spec.stacks
+        ]
     )
     fresh = sorted({rack.part_of(name) for name in own if name not in values})
     rest = f"; new: {', '.join(fresh)}" if fresh else ""

@@ -54,7 +54,8 @@ def reside(
         else:
             assert folder is not None
             park(block, pinned=pinned, file=scratch(folder) / f"{name}.safetensors")
-    for child in (rack.embedding, rack.positions, rack.time, rack.norm, rack.head):
+    own = (stack.io for stack in rack.stacks)
+    for child in (rack.embedding, rack.positions, rack.time, rack.norm, rack.head, *own):
         if child is not None:
             child.to(device)
     rest = recompute_block if recompute else run_block
