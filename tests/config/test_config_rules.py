@@ -86,7 +86,9 @@ BROKEN = [
         "train one stack first, and set checkpoint.init_from to that run for all of them",
     ),
     (
-        (DEPTH % "shared_start_fraction: 0.1").replace("bert_style}", "bert_style, stacks: [{}, {d_ff: 64}]}"),
+        (DEPTH % "shared_start_fraction: 0.1").replace(
+            "bert_style}", "bert_style, stacks: [{}, {d_ff: 64}]}"
+        ),
         "training.progressive.shared_start_fraction",
         "model.stacks makes them unlike, got 0.1; allowed: 0",
     ),

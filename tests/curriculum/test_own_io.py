@@ -72,7 +72,9 @@ def test_stacks_of_their_own_train_a_copy_of_what_is_around_and_leave_the_rest(r
         prefix = f"stacks.s{built}.io."
         for name in [n for n in end if n.startswith(prefix)]:
             rest = name.removeprefix(prefix)
-            assert torch.equal(held[built][name], end[rest]), "starts as the copy of what the first stage trained"
+            assert torch.equal(held[built][name], end[rest]), (
+                "starts as the copy of what the first stage trained"
+            )
             assert not torch.equal(end[name], end[rest]), "and trains"
     assert rack.is_tied == tied
 
@@ -201,9 +203,7 @@ def test_wrong_choices_are_named(config, run):
     with pytest.raises(ConfigError, match="is of no use to a joint phase"):
         config(training__progressive__joint_tuning=True, training__progressive__independent_io="own")
     with pytest.raises(ConfigError, match="set checkpoint.init_from to that run"):
-        config(
-            training__progressive__shared_start_fraction=0.2, training__progressive__train_stacks=[2]
-        )
+        config(training__progressive__shared_start_fraction=0.2, training__progressive__train_stacks=[2])
     with pytest.raises(ConfigError, match="has 3 stacks, and a shared start is a run of one"):
         run(
             "b",

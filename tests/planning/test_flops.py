@@ -13,6 +13,7 @@ from stackwise.kernels.attention import attention_reference
 from stackwise.kernels.product import pytorch_products
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.flops import attention_flops, block_forward_flops, step_flops, step_units
+from stackwise.model.own_io import InOut
 from stackwise.model.rack import recompute_block, run_block
 from stackwise.model.spec import AdapterSpec, BlockSpec
 from stackwise.objectives.causal import CausalLM
@@ -146,3 +147,22 @@ def test_an_adapter_costs_its_own_products(flows):
     forward, backward = _adapter_flops(AdapterSpec("a", rank=rank), rows, columns, True, flows)
     base = 2 * rows * columns * (2 if flows else 1)
     assert counter.get_total_flops() / n == forward + backward + base
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stack_with_embedding_and_head_of_its_own_costs_what_its_products_are(monkeypatch, tied):
+    rack = make_rack(tied=tied)
+    rack.stacks[1].io = InOut(rack.spec).copy_from(rack)
+    units = {"stack:s1", "io:s1"}
+    split = apply_training(rack, units, alone=1)
+    assert split.prefix == 0
+    monkeypatch.setattr(
+        "stackwise.model.attention.attention",
+        lambda q, k, v, visible, causal, dropout: attention_reference(q, k, v, visible, causal),
+    )
+    example = CausalLM().corrupt({"input_ids": torch.randint(0, 29, (BATCH, TOKENS))})
+    with FlopCounterMode(display=False) as counter, pytorch_products():
+        CausalLM().loss(rack.forward_features(example.input_ids), rack.io.head.matrix, example)[0].backward()
+    assert step_flops(rack.spec, units, TOKENS, alone=1) == counter.get_total_flops() / (BATCH * TOKENS)
+    assert all(p.grad is not None for p in rack.stacks[1].io.parameters())
+    assert all(p.grad is None for p in (rack.embedding.weight, rack.head.matrix))

@@ -86,6 +86,15 @@ CONFIGS = {
         "training__progressive__cycle_sweeps": 1,
     },
     "independent": {**TWO, "training__progressive__building_mode": "independent"},
+    "independent with own embeddings after a shared start": {
+        **TWO,
+        "model__attention_preset": "bert_style",
+        "model__tie_embeddings": False,
+        "training__progressive__building_mode": "independent",
+        "training__progressive__training_objective": "diffusion",
+        "training__progressive__shared_start_fraction": 0.3,
+        "training__optimizer__optimizer_type": "Muon",
+    },
     "grow": {**TWO, "training__max_steps": 4, "training__progressive__building_mode": "grow"},
     "end to end, Adam": {
         **TWO,

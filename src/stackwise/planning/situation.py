@@ -84,6 +84,7 @@ def shortened(situation: Situation) -> tuple[Situation, list[int]]:
         counts += [1, length - 2, 1] if length > KEPT else [1] * length
     spec = replace(situation.spec, stacks=(), tail=(), planned_blocks=0)
     units, alone = {unit for unit in situation.units if ":" not in unit}, None
+    seen: set[str] = set()
     for _, group in groupby(enumerate(runs), key=lambda pair: _stack_key(situation, *pair)):
         members = [run for _, run in group]
         first, index = members[0], len(spec.stacks)
@@ -91,10 +92,13 @@ def shortened(situation: Situation) -> tuple[Situation, list[int]]:
         if first.stack is None:
             spec = replace(spec, tail=spec.tail + blocks)
             continue
-        stack = replace(first.stack, uid=f"s{index}", build_index=index, blocks=blocks)
+        own_io = first.stack.own_io and first.stack.uid not in seen  # once, however the stack is cut
+        seen.add(first.stack.uid)
+        stack = replace(first.stack, uid=f"s{index}", build_index=index, blocks=blocks, own_io=own_io)
         spec = spec.with_stacks([*spec.stacks, stack])
         units |= {f"stack:s{index}"} if first.work.trains else set()
         units |= {f"lora.{name}:s{index}" for name in first.work.learning}
+        units |= {f"io:s{index}"} if f"io:{first.stack.uid}" in situation.units else set()
         alone = index if situation.alone is not None and first.runs else alone
     return replace(situation, spec=spec, units=frozenset(units), alone=alone), counts
 
@@ -103,7 +107,8 @@ def _kinds(situation: Situation) -> Iterator[Run]:
     """Every block of the whole rack, as a run of its own."""
     works = iter(situation.works())
     for stack in situation.spec.stacks:
-        bare = replace(stack, uid="", blocks=(), build_index=0)
+        # one with an embedding of its own stands for no other
+        bare = replace(stack, uid=stack.uid if stack.own_io else "", blocks=(), build_index=0)
         for _ in stack.blocks:
             yield Run(next(works), bare, situation.alone in (None, stack.build_index))
     for work in works:
