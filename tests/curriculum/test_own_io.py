@@ -202,7 +202,7 @@ def test_a_run_with_own_parts_goes_on_where_it_stopped(config, monkeypatch, tmp_
 def test_wrong_choices_are_named(config, run):
     with pytest.raises(ConfigError, match="is of no use to a joint phase"):
         config(training__progressive__joint_tuning=True, training__progressive__independent_io="own")
-    with pytest.raises(ConfigError, match="set checkpoint.init_from to that run"):
+    with pytest.raises(ConfigError, match=r"set checkpoint\.init_from to that run"):
         config(training__progressive__shared_start_fraction=0.2, training__progressive__train_stacks=[2])
     with pytest.raises(ConfigError, match="has 3 stacks, and a shared start is a run of one"):
         run(
