@@ -45,6 +45,32 @@ def test_training_progressively_grows_learns_and_keeps_the_trunk(tiny):
     assert keys <= result["training_history"][0].keys()
 
 
+@pytest.mark.parametrize(
+    ("mode", "steps", "ratios"),
+    [("prepend", [0, 50, 100], [1 / 6, 3 / 6, 5 / 6]), ("append", [100, 50, 0], [5 / 6, 3 / 6, 1 / 6])],
+)
+def test_the_history_tells_the_noise_of_every_stack(tiny, mode, steps, ratios):
+    keys = {
+        "training_objective": "diffusion",
+        "building_mode": mode,
+        "time_interpretation": "depth",
+        "time_per_stack": 50,
+        "joint_tuning": False,
+    }
+    config = config_of(
+        tiny,
+        model__attention_preset="bert_style",
+        objective__mask_token_id=30,
+        evaluation__passes=1,
+        **{f"training__progressive__{key}": value for key, value in keys.items()},
+    )
+    config.training.max_steps = 1
+    builder = ProgressiveRackBuilder(config)
+    result = ProgressiveTrainer(config).train_progressively(builder, batches(2), 3)
+    assert [h["time_step"] for h in result["training_history"]] == steps
+    assert [h["mask_ratio"] for h in result["training_history"]] == pytest.approx(ratios)
+
+
 def test_a_second_call_with_the_same_target_adds_nothing(tiny):
     config = config_of(tiny)
     builder, trainer = ProgressiveRackBuilder(config), ProgressiveTrainer(config)
