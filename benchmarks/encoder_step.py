@@ -156,7 +156,7 @@ def bert(shape: Shape, ids: Tensor, masked_head: bool = False) -> tuple[nn.Modul
 
 
 def contenders(shape: Shape, masked_head: bool) -> tuple[dict[str, Step], dict[str, int]]:
-    """A training step of each, and how many parameters it has: at most one part in fifty apart."""
+    """A training step of each, and how many parameters it has: apart by at most one part in fifty."""
     ids = torch.randint(0, shape.mask_id, (shape.batch, shape.seq_len))
     built = {
         BERT: bert(shape, ids),
