@@ -16,6 +16,11 @@ from stackwise.training.run import train
 END_TO_END = {"training.progressive.enabled": False}
 MUON = {"training.optimizer.optimizer_type": "Muon"}
 SGD = {"training.optimizer.optimizer_type": "SGD"}
+MASKED = {
+    "model.attention_preset": "bert_style",
+    "training.progressive.training_objective": "mlm",
+    "evaluation.passes": 1,
+}
 WIDE = {"model.d_model": 64}  # matrices large enough for blocks of 8-bit numbers
 DOCUMENTS = {"data.source": "jsonl", "data.path": "DOCUMENTS", "data.tokenizer": "byte"}
 
@@ -66,6 +71,7 @@ EVENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "tracking.sample_prompt": ("To be", {}),
     "evaluation.interval": (2, {}),
     "evaluation.batches": (2, {}),
+    "evaluation.passes": (2, MASKED),
     "checkpoint.save_interval": (2, {}),
     "training.optimizer.state_device": ("host", {}),
     "generation.max_new_tokens": (9, {}),
