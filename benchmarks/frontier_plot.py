@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,14 @@ def draw(path: Path, tables: Sequence[tuple[str, Sequence[Row], float | None]]) 
         matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
         figure = Figure(figsize=(15, 5.2 * len(tables) + 0.8), layout="constrained")
         FigureCanvasAgg(figure)
+        names = list(dict.fromkeys(row.variant.name for _, rows, _ in tables for row in rows))
+        numbers = {name: i for i, name in enumerate(names, start=1)}
         grid = figure.subplots(len(tables), len(PANELS), squeeze=False, sharey="row")
         for line, (title, rows, floor) in zip(grid, tables, strict=True):
             for axes, budget in zip(line, PANELS, strict=True):
-                _panel(axes, budget, rows, floor)
+                _panel(axes, budget, rows, floor, numbers)
             line[0].set_ylabel(f"{title}\nvalidation loss, nats per token")
-        numbers = [f"{i + 1} {row.variant.name}" for i, row in enumerate(tables[0][1])]
+        said = [f"{number} {name}" for name, number in numbers.items()]
         kinds = [
             Line2D(
                 [],
@@ -47,17 +49,19 @@ def draw(path: Path, tables: Sequence[tuple[str, Sequence[Row], float | None]]) 
             for kind, colour in COLOURS.items()
         ]
         figure.legend(handles=kinds, loc="outside upper center", ncols=len(kinds), frameon=False)
-        third = (len(numbers) + 2) // 3
-        text = "\n".join("    ".join(numbers[i : i + third]) for i in range(0, len(numbers), third))
+        third = (len(said) + 2) // 3
+        text = "\n".join("    ".join(said[i : i + third]) for i in range(0, len(said), third))
         figure.supxlabel(text, fontsize=8.5)
         figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Axes, budget: str, rows: Sequence[Row], floor: float | None) -> None:
+def _panel(
+    axes: Axes, budget: str, rows: Sequence[Row], floor: float | None, numbers: Mapping[str, int]
+) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     points: list[tuple[float, float, str, str]] = []
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
         losses = _losses(row, budget)
         if not losses.values:
             continue
@@ -73,7 +77,7 @@ def _panel(axes: Axes, budget: str, rows: Sequence[Row], floor: float | None) ->
             markersize=6,
             markerfacecolor="white" if kind == "control" else colour,
         )
-        points.append((x, losses.mean, str(number), colour))
+        points.append((x, losses.mean, str(numbers[row.variant.name]), colour))
     axes.set_xscale("log")
     axes.margins(x=0.14, y=0.06)
     axes.set_xticks([2, 3, 5, 10, 20, 30])
