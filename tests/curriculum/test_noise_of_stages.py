@@ -117,6 +117,22 @@ def test_a_run_draws_from_the_trained_range_and_is_scored_on_the_owned_one(confi
     assert {event["label"] for event in events if event["event"] == "eval"} == {"part of a bound"}
 
 
+@pytest.mark.parametrize(("choice", "shown"), [("depth", 0), ("none", 2)])
+def test_losses_around_a_growth_are_shown_only_where_the_noise_is_the_same(config, choice, shown):
+    seen = []
+
+    class Kept:
+        def emit(self, event):
+            seen.append(event.get("when"))
+
+        def close(self):
+            pass
+
+    train(config("prepend", training__progressive__time_interpretation=choice), sinks=[Kept()])
+    assert (seen.count("before_growth"), seen.count("after_growth")) == (shown, shown)
+    assert seen.count("stage_end") + seen.count("final") == 3
+
+
 def test_point_masks_are_scored_without_a_bound(config):
     points = config(training__progressive__time_step_mask_fractions="schedule")
     assert {label_of(points, stage.scored_noise) for stage in stages(points)} == {"pseudo"}

@@ -54,10 +54,9 @@ SMALL = (
 SHORT = {
     "cyclic-text": ("training.progressive.cycle_sweeps=2",),
     "end-to-end-text": ("training.max_steps=12",),
-    **{
-        name: ("training.max_steps=12",)
-        for name in ("shakespeare-char", "diffusion-char", "time-as-input", "tiny-bert")
-    },
+    **dict.fromkeys(
+        ("shakespeare-char", "diffusion-char", "time-as-input", "tiny-bert"), ("training.max_steps=12",)
+    ),
     "stages-text": (
         "training.max_steps=null",
         "training.stages.0.batch_size=4",

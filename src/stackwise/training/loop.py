@@ -150,7 +150,13 @@ class Engine:
         if self.optimizers is not None:
             before.update(self.optimizers.state())
         uids = {s.uid for s in self.rack.spec.stacks}
-        if stage.grow is not None and p.eval_loss is not None:
+        last = self.stages[max(0, p.stage - 1)]
+        # around a growth losses are shown beside each other, so they must be of the same text, noise and part of the rack
+        shown = stage.grow is not None and (last.scored_noise, last.alone) == (
+            stage.scored_noise,
+            stage.alone,
+        )
+        if shown and p.eval_loss is not None:
             self.hooks.emit(records.evaluation(p, "before_growth", {"loss": p.eval_loss}))
         spec = stage_spec(self.config, self.rack.spec, stage, self.run_format)
         training = self.config.training
@@ -170,7 +176,7 @@ class Engine:
         self.parked = resting(before, self.optimizers.names.values(), later, specs)
         grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
         self._announce(stage, grown)
-        if stage.grow is not None and self.hooks.evaluate is not None:
+        if shown and self.hooks.evaluate is not None:
             self._evaluate("after_growth")
 
     def _set_up(self, stage: Stage, followed: bool = False) -> None:
