@@ -138,7 +138,10 @@ WRONG = [
         "training: {progressive: {building_mode: middle}}",
         ["building_mode: wrong value, got 'middle'; allowed: append"],
     ),
-    ("training: {progressive: {training_objective: mlm}}", ["training_objective", "allowed: clm"]),
+    (
+        "training: {progressive: {training_objective: difusion}}",
+        ["training_objective", "allowed: clm, mlm, diffusion, custom", "did you mean 'diffusion'"],
+    ),
     # items of a list
     ("training: {optimizer: {groups: [{lr: 1}]}}", ["training.optimizer.groups.0.match: missing"]),
     (

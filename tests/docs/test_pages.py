@@ -66,7 +66,7 @@ def test_generated_parts_are_current() -> None:
 
 
 def test_every_page_is_reached_from_the_front_page() -> None:
-    linked = set(re.findall(r"\]\((docs/[\w.]+)", (ROOT / "README.md").read_text("utf-8")))
+    linked = set(re.findall(r"\]\((docs/[\w.-]+)", (ROOT / "README.md").read_text("utf-8")))
     assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= linked
 
 

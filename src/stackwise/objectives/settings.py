@@ -44,7 +44,7 @@ class ObjectiveSettings(Settings):
     noise_power: PositiveFloat = 1.0
     """Exponent of the power schedule."""
     noise_table: Annotated[list[UnitFloat], MinLen(2)] | None = None
-    """Rising shares at equal distances of time, from 0 to 1, between which the table schedule interpolates."""
+    """Rising shares at equal distances of time, from 0 to 1, between which the table schedule interpolates. null: for the other schedules."""
     weight: Literal["nelbo", "uniform", "clipped"] = "nelbo"
     """Weight of the masked tokens. nelbo: that of the likelihood bound; uniform: 1 for each; clipped: as nelbo, with shares drawn from `clip`."""
     clip: Annotated[list[UnitFloat], MinLen(2), MaxLen(2)] = [0.3, 0.8]
@@ -87,14 +87,14 @@ class TimeKeys(Settings):
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
     """Intervals of noise of the stacks. linear: equal shares of masked tokens; exponential: each heavier one a multiple of the lighter; custom: `time_boundaries`."""
     time_boundaries: Annotated[list[UnitFloat], MinLen(2)] | None = None
-    """Rising shares of masked tokens from 0 to 1, one more than stacks: the custom intervals, lightest first."""
+    """Rising shares of masked tokens from 0 to 1, one more than stacks: the custom intervals, lightest first. null: `stack_time_mapping` makes them."""
     time_overlap: Annotated[Float, Ge(0), Lt(0.5)] = 0.05
     """How much wider than its interval the noise is that a stack trains on, on both sides, as a share of the interval."""
     time_step_mask_fractions: Annotated[
         list[UnitFloat] | dict[Int, UnitFloat] | Literal["schedule"] | None,
         Allowed("list, lightest first; {step: fraction}; schedule"),
     ] = None
-    """One share of masked tokens per stack in place of intervals; no likelihood bound exists then. schedule: from `objective.min_mask_fraction` to `objective.max_mask_fraction`."""
+    """One share of masked tokens per stack in place of intervals; no likelihood bound exists then. schedule: from `objective.min_mask_fraction` to `objective.max_mask_fraction`. null: intervals."""
     time_embedding_dim: PositiveInt | None = None
     """Width of the time features in input mode. null: `model.d_model`."""
     time_encoding_type: Literal["sinusoidal", "learned"] = "sinusoidal"
