@@ -272,3 +272,16 @@ def test_some_batches_of_an_evaluation_are_spread_over_the_split():
     for options in ({"batches": 0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="is 0"):
             EvalLoader(SPLIT, **({"seq_len": 8, "batch_size": 4} | options))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"rank": 1, "world_size": 2}, {"shuffle": False}]
+)
+def test_what_comes_next_is_known_before_it_is_built(options):
+    stream = loader(**options)
+    for _ in range(12):  # past the end of a pass
+        coming = stream.upcoming()
+        assert_equal([coming], [stream.upcoming()])
+        batch = next(stream)
+        assert_equal([coming], [{key: batch[key] for key in ("sample_ids", "draws", "places")}])
+    stream.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 
@@ -12,6 +13,7 @@ from stackwise.checkpoint.store import Store
 from stackwise.training.errors import Interrupted
 from stackwise.training.loop import Engine
 from stackwise.training.run import train
+from stackwise.trunk.disk import DiskStore
 
 KEYS = "training__progressive__"
 
@@ -105,3 +107,45 @@ def test_an_illegal_wish_is_told_with_its_reason(run):
 def test_a_finished_run_leaves_no_store_behind(run, tmp_path, joint):
     run("done", cache_activations=True, cache_ram_bytes=0, joint_tuning=joint)
     assert list((tmp_path / "cache-done").iterdir()) == []
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_what_lies_on_disk_is_read_while_gradients_are_computed(tiny, tmp_path, monkeypatch, micro):
+    """In every pass after the first, by another thread than the one that trains; no number depends on it."""
+    short = tmp_path / "short.txt"
+    short.write_text("to be or not to be, that is the question: " * 18)
+    by: list[tuple[int, str]] = []
+    get, where = DiskStore.get, {"pass": 0}
+    step = Engine._train_step
+
+    def watched_get(self, entry, out):
+        by.append((where["pass"], current_thread().name.partition("_")[0]))
+        return get(self, entry, out)
+
+    def watched_step(self, stage):
+        where["pass"] = self.progress.stage_step * 3 * micro // self.loader.rows
+        step(self, stage)
+
+    monkeypatch.setattr(DiskStore, "get", watched_get)
+    monkeypatch.setattr(Engine, "_train_step", watched_step)
+
+    def history(**keys):
+        config = tiny(
+            data__path=str(short),
+            model__architecture__n_stacks=2,
+            training__run_id="".join(keys),
+            training__gradient_accumulation_steps=micro,
+            training__max_steps=40 // micro,
+            training__progressive__joint_tuning=False,
+            training__progressive__cache_dtype="float32",
+            training__progressive__cache_dir=str(tmp_path / "cache"),
+            **{f"{KEYS}{name}": value for name, value in keys.items()},
+        )
+        return [entry["loss_last"] for entry in train(config, sinks=[])["training_history"]]
+
+    room = 8 * 3 * 16 * 16 * 4  # an eighth of it holds a batch
+    stored = history(cache_activations=True, cache_ram_bytes=room)
+    later = {thread for number, thread in by if number > 0}
+    assert len(by) > 20
+    assert later == {"activations"}
+    assert stored == history(cache_activations=False)

@@ -123,12 +123,19 @@ class TokenLoader:
                     "a process that builds batches has died, maybe for want of memory; "
                     "data.num_workers=0 builds them in the training process"
                 ) from error
-        # When each sample comes, which corruption may depend on: its number of the pass, and its place in it.
-        at = torch.arange(self.batch_size) + (self._cursor + self.rank * self.batch_size)
-        batch["draws"], batch["places"] = at // self.rows, at % self.rows
+        batch |= self._times()
         # Counted when handed out: what the workers hold ahead of time is built again after a resume.
         self._cursor += self.batch_size * self.world_size
         return batch
+
+    def upcoming(self) -> Batch:
+        """sample_ids, draws and places of the batch that comes next, which is not built for it."""
+        return {"sample_ids": torch.from_numpy(self.sample_ids(self._cursor)), **self._times()}
+
+    def _times(self) -> Batch:
+        """When each sample of the next batch comes, which corruption may depend on: pass, and place in it."""
+        at = torch.arange(self.batch_size) + (self._cursor + self.rank * self.batch_size)
+        return {"draws": at // self.rows, "places": at % self.rows}
 
     def sample_ids(self, cursor: int) -> SampleIds:
         """Ids [batch_size] of this rank's samples in the batch that begins at position `cursor` of the stream."""

@@ -257,6 +257,7 @@ class Engine:
                     key = (draw, index)
                     torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
                 loss = self._loss(example, aims[index] if aims else None) / weight
+                self._read_ahead(stage, batches[index + 1 :])
                 with optimizers.in_backward():
                     self.scaler.scale(loss).backward()
                 total += loss.detach()
@@ -281,6 +282,12 @@ class Engine:
         self.grad_norm = norm_value
         tokens = sum(example.input_ids.numel() for example in examples)
         self._note_cost(tokens, time.perf_counter() - started)
+
+    def _read_ahead(self, stage: Stage, rest: list[Mapping[str, Tensor]]) -> None:
+        """Begin to read the stored outputs of the next micro-batch, while gradients of this one are computed."""
+        assert self.setup is not None
+        if self.setup.prefix is not None and (rest or self.progress.stage_step + 1 < stage.steps):
+            self.setup.read_ahead(rest[0] if rest else self.loader.upcoming())  # type: ignore[attr-defined]
 
     def _aims(self, batches: list[Mapping[str, Tensor]], weight: Tensor) -> list[Aim]:
         """What the output of a prepended stack is held to, by micro-batch; empty where there is no such thing."""

@@ -70,6 +70,14 @@ class StageSetup:
             x_BTD = self.objective.embedded(rack.embed(example.input_ids, context), example)
             return rack.run(x_BTD, context, 0, split.prefix_blocks)
 
+    def read_ahead(self, coming: Mapping[str, Tensor]) -> None:
+        """Begin to read what a later batch will ask a stored prefix for; `coming` has its sample_ids and draws [B]."""
+        if self.prefix is None:
+            return
+        draws = coming["draws"] % (self.objective.draws or 1)
+        if bool((draws == draws[0]).all()):  # else the batch lies on both sides of the end of a pass
+            self.prefix.prefetch(coming["sample_ids"], int(draws[0]))
+
     def prefix_flops(self) -> float:
         """FLOP that filling the store has taken since the last call."""
         if self.prefix is None:
