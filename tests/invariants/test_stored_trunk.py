@@ -40,6 +40,12 @@ def losses(events):
     return [(e["step"], e["loss"]) for e in events if e["event"] in ("step", "eval")]
 
 
+def stored_figures(events):
+    """By stage; but for the bytes on disk, whose header tells the time."""
+    ends = [(e["stage"], e["stored"] or {}) for e in events if e["event"] == "stage_end"]
+    return {stage: {name: n for name, n in found.items() if name != "disk_bytes"} for stage, found in ends}
+
+
 def notes(events):
     return [e["message"] for e in events if e["event"] == "note" and "frozen trunk" in e["message"]]
 
@@ -80,7 +86,7 @@ def test_what_there_is_room_for_changes_no_bit(run, dtype):
 def test_a_resumed_run_is_the_uninterrupted_one(run, monkeypatch, n, ram, choice):
     """Stops within a stage that reads a store, at its end, and within the next one, which is filled from it."""
     keys = {"cache_activations": choice, "cache_ram_bytes": ram}
-    whole, _ = run("whole", **keys)
+    whole, events = run("whole", **keys)
     after = Engine._after_step
 
     def stop(self, stage):
@@ -91,8 +97,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, monkeypatch, n, ram, choice
     monkeypatch.setattr(Engine, "_after_step", stop)
     with pytest.raises(Interrupted):
         run("parts", **keys)
-    resumed, _ = run("parts", **keys)
+    resumed, later = run("parts", **keys)
     assert resumed == whole
+    if ram == 0:  # nothing was lost with the process
+        assert stored_figures(later) == stored_figures(events)
 
 
 def test_an_illegal_wish_is_told_with_its_reason(run):
@@ -141,11 +149,18 @@ def test_what_lies_on_disk_is_read_while_gradients_are_computed(tiny, tmp_path, 
             training__progressive__cache_dir=str(tmp_path / "cache"),
             **{f"{KEYS}{name}": value for name, value in keys.items()},
         )
-        return [entry["loss_last"] for entry in train(config, sinks=[])["training_history"]]
+        return train(config, sinks=[])["training_history"]
 
     room = 8 * 3 * 16 * 16 * 4  # an eighth of it holds a batch
     stored = history(cache_activations=True, cache_ram_bytes=room)
     later = {thread for number, thread in by if number > 0}
     assert len(by) > 20
     assert later == {"activations"}
-    assert stored == history(cache_activations=False)
+    plain = history(cache_activations=False)
+    assert [entry["loss_last"] for entry in stored] == [entry["loss_last"] for entry in plain]
+    first, figures = (entry["stored"] for entry in stored)
+    assert first is None
+    assert figures["entries"] + figures["hits"] == 120, "a visit writes the row, or reads it"
+    assert figures["ram_bytes"] <= room < figures["ram_bytes"] + figures["disk_bytes"]
+    assert figures["ram_bytes"] + figures["disk_bytes"] >= figures["entries"] * 16 * 16 * 4
+    assert [entry["stored"] for entry in plain] == [None, None]

@@ -193,6 +193,15 @@ def _events(
                 "host": 0,
                 "allocated": None,
             },
+            stored=None
+            if prefix == 0
+            else {
+                "entries": 1200 * i,
+                "ram_bytes": 10**6 * i,
+                "disk_bytes": 0,
+                "hits": 2400 * i,
+                "evicted": i - 1,
+            },
         )
     yield evaluate(len(stages) - 1, "final", evaluation)
     yield event(

@@ -69,6 +69,14 @@ def test_samples_checkpoints_notes_and_the_end_have_their_lines(run_events):
     assert text.splitlines()[-1].startswith("done  20 steps · final loss ")
 
 
+def test_a_stage_that_stored_outputs_of_its_trunk_has_a_line_about_them(run_events):
+    lines = [line for line in show(run_events(n_stacks=3)).splitlines() if "stored outputs" in line]
+    assert lines == [
+        "  stored outputs  1,200 entries · 1.00 MB in memory · 0 B on disk · 2,400 read",
+        "  stored outputs  2,400 entries · 2.00 MB in memory · 0 B on disk · 4,800 read · 1 older store removed",
+    ]
+
+
 def test_text_of_a_model_cannot_drive_the_terminal(run_events):
     events = run_events(
         n_stacks=1, stage_steps=20, run_id="\x1b]0;x\x07", sample="[bold red]\x1b[2J\x9b\r\u202e" * 3

@@ -77,6 +77,18 @@ def test_nested_fields_are_checked(run_events):
         check_event({**end, "bytes": {k: v for k, v in end["bytes"].items() if k != "total"}})
 
 
+def test_figures_of_stored_outputs_are_checked_where_there_are_any(run_events):
+    first, second, *_ = (event for event in run_events() if event["event"] == "stage_end")
+    assert first["stored"] is None
+    rest = {name: value for name, value in second["stored"].items() if name != "hits"}
+    with pytest.raises(
+        EventError, match=r"stored\.hits is missing.*stored\.hit is not a field, did you mean"
+    ):
+        check_event({**second, "stored": {**rest, "hit": 3}})
+    with pytest.raises(EventError, match=r"stored is int 3, expected stored outputs"):
+        check_event({**second, "stored": 3})
+
+
 def test_a_choice_lists_what_is_allowed(run_events):
     end = run_events()[-1]
     with pytest.raises(EventError, match=r"status is str 'finished', expected done \| stopped \| failed"):

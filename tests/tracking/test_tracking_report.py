@@ -105,6 +105,16 @@ def test_the_page_holds_the_figures(built, run_events):
     assert "return self.buffer" in text
 
 
+def test_the_page_says_what_was_stored_of_the_trunk(tmp_path, make_run, run_events):
+    page = build_report(make_run(tmp_path / "grown", run_events(n_stacks=3)).path).read_text("utf-8")
+    assert (
+        "Stored outputs of the frozen trunk. 2 append s1: 1,200 entries, 1.00 MB in memory, 0 B on disk, 2,400 read; "
+        "3 append s2: 2,400 entries, 2.00 MB in memory, 0 B on disk, 4,800 read, 1 older store removed.</p>"
+    ) in page
+    page = build_report(make_run(tmp_path / "alone", run_events(n_stacks=1)).path).read_text("utf-8")
+    assert "Stored outputs" not in page
+
+
 def test_the_same_folder_gives_the_same_page_and_pictures(built, tmp_path):
     folder, page = built
     pictures = {path.name: path.read_bytes() for path in folder.plots.iterdir()}

@@ -168,6 +168,8 @@ class ConsoleProgress:
         facts += [units.duration(event["seconds"]), f"{units.size(event['bytes']['peak'])} counted memory"]
         mark = "  done  " if self._ascii else "  ✓ "
         self._print_facts(facts, (mark, "green"))
+        if event["stored"] is not None:
+            self._print_facts(units.stored(event["stored"]), ("  stored outputs  ", "green"), style="dim")
 
     def _on_run_end(self, event: Mapping[str, Any]) -> None:
         self.close()

@@ -2,7 +2,7 @@
 
 An event is a flat JSON-able dict with ``event`` (its kind) and ``time`` (seconds since 1970). The kinds and
 their fields are the table ``FIELDS``; this is also the format of ``metrics.jsonl``. Units: losses in nats per
-token, sizes in bytes, ``seconds`` of training. ``tokens``, ``flops`` and ``seconds`` count the run so far, in
+token, sizes in bytes, ``seconds`` of training, ``stored`` the stored outputs of the frozen trunk (null: none were). ``tokens``, ``flops`` and ``seconds`` count the run so far, in
 ``stage_end`` the stage alone. ``step`` is global and 1-based, ``stage`` 0-based. In an ``eval`` around a growth,
 ``stage`` is the stage that begins. ``final_loss`` is the last validation loss, or the last training loss of a run
 without evaluation. A note just before ``run_end`` says why a run failed.
@@ -38,6 +38,13 @@ _BYTES: dict[str, str] = {
     "peak": "int",
     "host": "int",
     "allocated": "int?",
+}
+_STORED: dict[str, str] = {
+    "entries": "int",
+    "ram_bytes": "int",
+    "disk_bytes": "int",
+    "hits": "int",
+    "evicted": "int",
 }
 
 FIELDS: dict[str, dict[str, str]] = {
@@ -112,6 +119,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "flops": "float",
         "trainable_params": "int",
         "bytes": "bytes by item",
+        "stored": "stored outputs?",
     },
     "run_end": {
         "step": "int",
@@ -218,6 +226,8 @@ def _value_problems(name: str, value: Any, wanted: str) -> list[str]:
         ]
     if wanted == "bytes by item" and isinstance(value, Mapping):
         return _mapping_problems(f"{name}.", value, _BYTES)
+    if wanted == "stored outputs" and isinstance(value, Mapping):
+        return _mapping_problems(f"{name}.", value, _STORED)
     if wanted == "list of str":
         good = isinstance(value, list) and all(isinstance(item, str) for item in value)
     elif wanted == "str":

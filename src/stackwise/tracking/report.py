@@ -163,8 +163,19 @@ def _stages(run: RunHistory) -> str:
         '<p class="caption key">One mark per block, input side on the left: '
         '<span><i class="frozen"></i>frozen trunk, runs without gradient</span> <span><i></i>gradient flows</span></p>\n'
         f'<div class="card scroll"><table class="cards">\n<thead><tr><th>Stage</th>{cells}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
+        f"<tbody>\n{rows}\n</tbody></table></div>{_stored(run)}"
     )
+
+
+def _stored(run: RunHistory) -> str:
+    found = [
+        f"{stage.index + 1} {stage.name}: {', '.join(units.stored(stage.end['stored']))}"
+        for stage in run.stages
+        if stage.end and stage.end["stored"] is not None
+    ]
+    if not found:
+        return ""
+    return f'\n<p class="caption">Stored outputs of the frozen trunk. {_text("; ".join(found))}.</p>'
 
 
 def _stage_row(stage: StageHistory, deepest: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 __all__ = [
     "count",
@@ -15,6 +16,7 @@ __all__ = [
     "signed",
     "size",
     "steps",
+    "stored",
     "tick",
 ]
 
@@ -114,3 +116,18 @@ def _visible(char: str) -> str:
     if reorders or 0xD800 <= code <= 0xDFFF:
         return f"\\u{code:04x}"
     return char
+
+
+def stored(figures: Mapping[str, int]) -> list[str]:
+    """What a stage had stored of its frozen trunk, fact by fact."""
+    facts = [
+        f"{figures['entries']:,} {'entry' if figures['entries'] == 1 else 'entries'}",
+        f"{size(figures['ram_bytes'])} in memory",
+        f"{size(figures['disk_bytes'])} on disk",
+        f"{figures['hits']:,} read",
+    ]
+    if figures["evicted"]:
+        facts.append(
+            f"{figures['evicted']:,} older {'store' if figures['evicted'] == 1 else 'stores'} removed"
+        )
+    return facts

@@ -186,6 +186,9 @@ class Engine:
         """
         n_samples = None if self.identity is None else self.loader.rows  # type: ignore[attr-defined]
         shares = shared_samples(self.stages, self.progress.stage, self.config, n_samples or 1)
+        self._stored_before = self.manager.report()
+        for name in ("hits", "evicted"):  # of a stopped process that began the stage
+            self._stored_before[name] -= self.progress.stored.get(name, 0)
         self.setup = set_up(
             self.rack,
             stage,
@@ -375,6 +378,7 @@ class Engine:
         p = self.progress
         if p.stage + 1 == len(self.stages):
             self.rack.fold_spectral_norm()  # what a run leaves behind is plain
+        self._count_stored()
         if self._saved_step != p.step:
             self._save(f"stage-{p.stage + 1:02d}")
         eval_loss = self._evaluate("final" if p.stage + 1 == len(self.stages) else "stage_end")
@@ -392,8 +396,13 @@ class Engine:
         self.hooks.emit(records.step(p, self.lr, self.grad_norm, rate))
         p.loss_sum, p.loss_count = 0.0, 0
 
+    def _count_stored(self) -> None:
+        if self.progress.stores:
+            self.progress.stored = records.stored(self.manager.report(), self._stored_before)
+
     def _save(self, pin: str | None) -> None:
         if self.hooks.save is not None:
+            self._count_stored()
             fields = self.hooks.save(self, pin)
             p = self.progress
             self._saved_step = p.step

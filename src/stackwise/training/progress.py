@@ -32,6 +32,8 @@ class Progress:
     """What a step of this stage holds, by item (see `StepBytes.result`); counted at its first step."""
     eval_loss: float | None = None
     """The last evaluation, nats per token."""
+    stored: dict[str, int] = field(default_factory=dict)
+    """What this stage keeps of its frozen trunk, and what came of it (`records.stored`); empty where it keeps nothing."""
     stores: bool | None = None
     """Whether this stage keeps the outputs of its frozen trunk; decided once, for it may round them."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -49,4 +51,4 @@ class Progress:
         self.begun, self.stage_step = True, 0
         self.stage_seconds, self.stage_tokens, self.stage_flops = 0.0, 0, 0.0
         self.loss_first, self.loss_last, self.loss_sum, self.loss_count = None, None, 0.0, 0
-        self.stores = None
+        self.stores, self.stored = None, {}

@@ -67,8 +67,17 @@ def evaluation(p: Progress, when: str, result: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def stored(report: dict[str, Any], before: dict[str, Any]) -> dict[str, int]:
+    """What the open stores hold, and what happened since `before`; both reports of `MemoryManager`."""
+    stores = report["stores"].values()
+    return {
+        **{name: sum(store[name] for store in stores) for name in ("entries", "ram_bytes", "disk_bytes")},
+        **{name: report[name] - before[name] for name in ("hits", "evicted")},
+    }
+
+
 def stage_end(rack: Rack, p: Progress, stage: Stage, eval_loss: float | None) -> dict[str, Any]:
-    """A finished stage: its own losses, costs and counted bytes."""
+    """A finished stage: its own losses, costs and counted bytes, and what it kept of its frozen trunk."""
     return {
         "stage": p.stage,
         "name": stage.name,
@@ -82,4 +91,5 @@ def stage_end(rack: Rack, p: Progress, stage: Stage, eval_loss: float | None) ->
         "flops": p.stage_flops,
         "trainable_params": rack.get_trainable_parameter_count(),
         "bytes": {**p.bytes, "host": sum(p.bytes["host"].values())},
+        "stored": p.stored or None,
     }
