@@ -221,6 +221,16 @@ BROKEN = [
         "allowed: auto, float32, bfloat16; or set training.residency",
     ),
     (
+        "training: {residency: streamed, progressive: {new_stack_precision: half}}",
+        "training.progressive.new_stack_precision",
+        "got 'half'; allowed: full, bfloat16, fp8, nvfp4, nf4; or set training.residency",
+    ),
+    (
+        "training: {residency: streamed, stages: [{train: [all], max_steps: 1, precision: half}]}",
+        "training.stages.0.precision",
+        "cannot be taken out of gradients in host memory, got 'half'",
+    ),
+    (
         "model: {stacks: [{}, {}, {}], architecture: {n_stacks: 2}}",
         "model.stacks",
         "describes 3 stacks, but the run ends with 2",

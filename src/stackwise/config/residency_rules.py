@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import Problem
-from stackwise.config.precision_rules import freezes_stacks
+from stackwise.config.precision_rules import freezes_stacks, precisions
 from stackwise.config.rules import rule
 
 if TYPE_CHECKING:
@@ -39,20 +39,29 @@ def compiled_blocks_stay_in_place(config: StackWiseConfig) -> Problem | None:
     )
 
 
-@rule("training.dtype", "training.residency", TRUNK, "training.progressive.qlora_enabled")
-def scaled_gradients_stay_on_the_device(config: StackWiseConfig) -> Problem | None:
+@rule(
+    "training.dtype",
+    "training.progressive.new_stack_precision",
+    "training.stages",
+    "training.residency",
+    TRUNK,
+    "training.progressive.qlora_enabled",
+)
+def scaled_gradients_stay_on_the_device(config: StackWiseConfig) -> list[Problem]:
     """Adapters of a streamed trunk train in host memory as well."""
     training = config.training
     on_host = training.residency == "streamed" or (streams(config) and training.progressive.qlora_enabled)
-    if training.dtype != "float16" or not on_host:
-        return None
-    return Problem(
-        "training.dtype",
-        "scales the loss, and the scale cannot be taken out of gradients in host memory",
-        "float16",
-        "auto, float32, bfloat16",
-        "or set training.residency and training.progressive.trunk_residency to resident",
-    )
+    if not on_host:
+        return []
+    message = "scales the loss, and the scale cannot be taken out of gradients in host memory"
+    hint = "or set training.residency and training.progressive.trunk_residency to resident"
+    found = []
+    if training.dtype == "float16":
+        found.append(Problem("training.dtype", message, "float16", "auto, float32, bfloat16", hint))
+    for key, name in precisions(config).items():
+        if name == "half":
+            found.append(Problem(key, message, "half", "full, bfloat16, fp8, nvfp4, nf4", hint))
+    return found
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [

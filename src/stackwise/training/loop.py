@@ -105,7 +105,8 @@ class Engine:
         self.parked: OptimizerState = {}
         """Moments of parameters that rest now and train again later."""
         self.setup: StageSetup | None = None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type)
+        self.scaling = self.has_scaled = False  # in this stage, in any so far
         chunk = config.training.loss_chunk_tokens
         self._rows_per_chunk = None if chunk == "auto" else int(chunk)
         self._batches = iter(loader)
@@ -206,6 +207,8 @@ class Engine:
         self.setup.consistency = consistency_of(
             self.config, self.stages, self.progress.stage, self.rack, self.setup.units
         )
+        self.scaling = self.dtype == torch.float16 or self.setup.scales
+        self.has_scaled = self.has_scaled or self.scaling
         self.progress.stores = self.setup.decision.use
         self.optimizers = self.setup.optimizers
         dropouts = [module.p for module in self.rack.modules() if isinstance(module, nn.Dropout)]
@@ -229,6 +232,7 @@ class Engine:
         self.parked = {name: held for name, held in optimizer_state.items() if name not in training}
         if scaler:
             self.scaler.load_state_dict(scaler)
+            self.has_scaled = True
 
     def _take_up(self, stage: Stage) -> None:
         """After a resume: do what followed the save that was loaded."""
@@ -262,9 +266,9 @@ class Engine:
                 loss = self._loss(example, aims[index] if aims else None) / weight
                 self._read_ahead(stage, batches[index + 1 :])
                 with optimizers.in_backward():
-                    self.scaler.scale(loss).backward()
+                    (self.scaler.scale(loss) if self.scaling else loss).backward()
                 total += loss.detach()
-        if self.scaler.is_enabled():
+        if self.scaling:
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
         norm = optimizers.gradient_norm()
@@ -311,7 +315,7 @@ class Engine:
             return loss + aim.factor * distance(self.rack, self.objective, new, aim.lighter)
 
     def _apply(self, optimizers: Optimizers) -> None:
-        if not self.scaler.is_enabled():
+        if not self.scaling:
             optimizers.step()
             return
         for optimizer in optimizers.optimizers:
@@ -323,11 +327,11 @@ class Engine:
         assert self.optimizers is not None
         p = self.progress
         self.optimizers.zero_grad()
-        if self.scaler.is_enabled():
+        if self.scaling:
             self.scaler.update()
         what = f"loss {loss}, gradient norm {norm}"
         where = f"step {p.step}, stage {p.stage + 1} ({stage.name}), learning rate {self.lr:.3g}"
-        if self.config.training.on_nonfinite == "skip" or self.scaler.is_enabled():
+        if self.config.training.on_nonfinite == "skip" or self.scaling:
             p.skipped += 1
             self.hooks.emit({"event": "note", "message": f"skipped {where}: {what} ({p.skipped} so far)"})
             return

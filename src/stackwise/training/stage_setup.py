@@ -70,6 +70,12 @@ class StageSetup:
             x_BTD = self.objective.embedded(rack.embed(example.input_ids, context), example)
             return rack.run(x_BTD, context, 0, split.prefix_blocks)
 
+    @property
+    def scales(self) -> bool:
+        """Whether gradients pass a stack that computes in float16, where small ones would become zero."""
+        computed_in = [stack.compute_dtype for stack in self.rack.spec.stacks for _ in stack.blocks]
+        return "float16" in computed_in[self.split.start : self.split.stop]
+
     def read_ahead(self, coming: Mapping[str, Tensor]) -> None:
         """Begin to read what a later batch will ask a stored prefix for; `coming` has its sample_ids and draws [B]."""
         if self.prefix is None:

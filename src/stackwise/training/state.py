@@ -45,7 +45,7 @@ def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
         "stages": [stage.to_dict() for stage in engine.stages],
         "progress": engine.progress.to_dict(),
         "loader": engine.loader.state_dict(),
-        "scaler": engine.scaler.state_dict() if engine.scaler.is_enabled() else None,
+        "scaler": engine.scaler.state_dict() if engine.has_scaled else None,
         **extra,
     }
 
