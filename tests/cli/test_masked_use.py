@@ -22,7 +22,7 @@ BOTH_WAYS = [
 ]
 TRAINED = {
     "both": ["training.progressive.enabled=false"],
-    "deep": ["training.progressive.building_mode=independent"],
+    "deep": ["training.progressive.building_mode=independent", "training.progressive.independent_io=shared"],
 }
 
 

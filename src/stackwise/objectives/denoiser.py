@@ -125,7 +125,7 @@ class Denoiser:
         example = Example(input_ids, input_ids, attention_mask, position_ids, document_ids, time=time)
         self.forwards += 1
         owners = self._owners(shares)
-        listed = owners.unique().tolist()
+        listed = owners.unique().tolist() or [0]  # no rows are anybody's
         if len(listed) == 1:
             return self._run(example, listed[0])
         rows = [(owners == owner).nonzero().squeeze(1) for owner in listed]
