@@ -163,7 +163,7 @@ def draw(path: Path, tables: Sequence[Rows], variants: Sequence[Any]) -> None:
         matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
         figure = Figure(figsize=(5.2 * max(1, len(tables)), 4.8), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, max(1, len(tables)), squeeze=False)[0]
+        panels = figure.subplots(1, max(1, len(tables)), squeeze=False, sharey=True)[0]
         for axes, rows in zip(panels, tables, strict=False):
             numbered = [v for v in variants if v.name in rows.found]
             for number, variant in enumerate(numbered, start=1):
