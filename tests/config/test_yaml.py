@@ -70,6 +70,16 @@ def test_a_byte_order_mark_and_an_alias_are_read(tmp_path):
     assert config.training.trunk_lr == 3e-4
 
 
+def test_maps_by_number_are_read_and_written(tmp_path):
+    text = "training: {progressive: {time_step_mask_fractions: {0: 0.5, 2: 0.1}, building_mode: independent, time_interpretation: depth}}"
+    config = StackWiseConfig(**parse(text, "").data)
+    assert config.training.progressive.time_step_mask_fractions == {0: 0.5, 2: 0.1}
+    again = StackWiseConfig(**parse(dump(config.to_dict()), "").data)
+    assert again == config
+    with pytest.raises(ConfigError, match="time_step_mask_fractions: wrong value"):
+        read(tmp_path, "training: {progressive: {time_step_mask_fractions: {-1: 0.5}}}")
+
+
 def test_texts_that_look_like_numbers_are_written_in_quotes():
     for text in ("1e-4", "1e5", "true", "null", "~", "", "0x1f", ".5", "12", "1_000", "yes", "2020-01-01"):
         assert parse(dump({"key": text}), "f").data == {"key": text}
@@ -223,6 +233,9 @@ def value(option: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     shortest = next((c.min_length for c in metadata if isinstance(c, MinLen)), 0)
     if option is str:
         return st.text(min_size=shortest)
+    if get_origin(option) is dict:
+        keys, values = (one_of_alternatives(part, []) for part in get_args(option))
+        return st.dictionaries(keys, values, max_size=3)
     longest = next((c.max_length for c in metadata if isinstance(c, MaxLen)), 3)
     item = get_args(option)[0]
     if section_of(item):

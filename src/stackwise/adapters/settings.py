@@ -1,19 +1,13 @@
 """Settings of the room; they are part of `training.progressive`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import MinLen
-from pydantic import BeforeValidator
 
 from stackwise.config.base import Settings
-from stackwise.config.types import Allowed, BelowOne, Flag, NonNegativeInt, PositiveFloat, PositiveInt, Text
+from stackwise.config.types import Allowed, BelowOne, Flag, Index, PositiveFloat, PositiveInt, Text
 
 Pattern = Literal["constant", "increasing", "decreasing", "linear"]
-
-
-def _as_index(key: Any) -> Any:
-    """YAML and JSON write keys as text: "2" is 2."""
-    return int(key) if isinstance(key, str) and key.strip().isdecimal() else key
 
 
 class SetSize(Settings):
@@ -53,7 +47,7 @@ class AdapterKeys(Settings):
     qlora_alpha_pattern: Pattern = "constant"
     """Alpha of the b-th stack under progressive, likewise; linear, alpha + 16 b."""
     qlora_configs: Annotated[
-        dict[Annotated[NonNegativeInt, BeforeValidator(_as_index)], SetSize],
+        dict[Index, SetSize],
         Allowed("map of build index, from 0, to {rank, alpha, dropout}"),
     ] = {}
     """Table for variable: build index -> {rank, alpha, dropout}, dropout may be left out. A stack without a row gets qlora_rank and qlora_alpha, and a warning."""

@@ -19,6 +19,11 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _index(key: Any) -> Any:
+    """YAML and JSON write keys as text: "2" is 2."""
+    return int(key) if isinstance(key, str) and key.strip().isdecimal() else key
+
+
 def _path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -26,6 +31,8 @@ def _path(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[Int, Ge(1)]
 NonNegativeInt = Annotated[Int, Ge(0)]
+Index = Annotated[NonNegativeInt, BeforeValidator(_index)]
+"""A key of a map that counts something from 0."""
 Seed = Annotated[Int, Ge(0), Lt(2**63)]
 Float = Annotated[float, Strict()]
 PositiveFloat = Annotated[Float, Gt(0)]

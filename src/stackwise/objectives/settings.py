@@ -9,7 +9,7 @@ from stackwise.config.types import (
     Allowed,
     Flag,
     Float,
-    Int,
+    Index,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -91,7 +91,7 @@ class TimeKeys(Settings):
     time_overlap: Annotated[Float, Ge(0), Lt(0.5)] = 0.05
     """How much wider than its interval the noise is that a stack trains on, on both sides, as a share of the interval."""
     time_step_mask_fractions: Annotated[
-        list[UnitFloat] | dict[Int, UnitFloat] | Literal["schedule"] | None,
+        list[UnitFloat] | dict[Index, UnitFloat] | Literal["schedule"] | None,
         Allowed("list, lightest first; {step: fraction}; schedule"),
     ] = None
     """One share of masked tokens per stack in place of intervals; no likelihood bound exists then. schedule: from `objective.min_mask_fraction` to `objective.max_mask_fraction`. null: intervals."""
