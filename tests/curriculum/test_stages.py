@@ -11,6 +11,7 @@ from stackwise.config.errors import ConfigError
 from stackwise.curriculum.costs import stage_flops
 from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.growth import grow
+from stackwise.curriculum.joint import short_phase
 from stackwise.curriculum.layout import grow_spec
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import trained_units
@@ -136,6 +137,47 @@ def test_the_joint_phase_trains_what_its_backbone_says_for_its_share(tiny, backb
 def test_the_joint_phase_is_there_only_when_asked_for(tiny, mode):
     assert not any(stage.name == "joint" for stage in stages(config_of(tiny, mode)))
     assert stages(config_of(tiny, mode, joint_tuning=True))[-1].name == "joint"
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "noted"),
+    [
+        (400, 0.25, True),  # the default share of the FLOPs is an eighth of the steps
+        (400, 0.45, False),
+        (300, 0.05, False),  # 900 steps before it: nobody expects much of such a run
+        (9000, 0.10, False),  # a small share, and more than a thousand steps
+        (9000, 0.01, True),
+    ],
+)
+@pytest.mark.parametrize("backbone", ["trainable", "gradual"])
+def test_a_joint_phase_of_few_steps_is_noted(tiny, steps, fraction, noted, backbone):
+    keys = {"joint_tuning_fraction": fraction, "joint_tuning_backbone": backbone}
+    config = config_of(tiny, training__max_steps=steps, **keys)
+    listed = stages(config)
+    note = short_phase(config, listed)
+    if not noted:
+        assert note is None
+        return
+    count = 3 if backbone == "gradual" else 1
+    joint, total = sum(stage.steps for stage in listed[-count:]), sum(stage.steps for stage in listed)
+    assert note.startswith(
+        f"training.progressive.joint_tuning_fraction {fraction:g} leaves {joint:,} of the run's"
+    )
+    assert joint < min(1000, 0.2 * total)
+    advised = note.rpartition(". ")[2].split()
+    config.training.progressive.joint_tuning_fraction = float(advised[0])
+    longer = sum(stage.steps for stage in stages(config)[-count:])
+    assert longer >= int(advised[-1].replace(",", ""))
+    assert short_phase(config, stages(config)) is None
+
+
+def test_without_a_joint_phase_nothing_is_noted_about_it(tiny):
+    for mode in ("append", "prepend", "grow", "cyclic", "end_to_end"):
+        config = config_of(tiny, mode, training__max_steps=400, joint_tuning=False)
+        assert short_phase(config, stages(config)) is None
+    listed = [{"train": ["all"], "max_steps": 1000}, {"name": "joint", "train": ["all"], "max_steps": 1}]
+    config = tiny(model__vocab_size=31, training__stages=listed)
+    assert short_phase(config, stages(config)) is None
 
 
 def test_stages_survive_json_and_yaml(tiny):

@@ -193,3 +193,28 @@ def test_a_masked_row_takes_more_than_one_without_edges(tiny, tmp_path):
     plans: list[Plan] = [plan(one), plan(two)]
     assert [p.edges for p in plans] == [False, True]
     assert plans[0].stages[0].bytes["activations"] < plans[1].stages[0].bytes["activations"]
+
+
+def test_a_joint_phase_of_few_steps_is_in_the_plan_and_in_the_run(tiny):
+    config = tiny(training__max_steps=500, training__progressive__joint_tuning_fraction=0.01)
+    (note,) = plan(config).notes
+    assert "leaves 9 of the run's 1,509 steps for the joint phase" in note
+
+    class Enough(Exception):
+        """Nothing needs to be trained to see the notes."""
+
+    told = []
+
+    class Notes:
+        def emit(self, event):
+            if event["event"] == "note":
+                told.append(event["message"])
+            if event["event"] == "stage_start":
+                raise Enough
+
+        def close(self):
+            pass
+
+    with pytest.raises(Enough):
+        train(config, sinks=[Notes()])
+    assert note in told

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stackwise.config.notes import tunes_jointly
 from stackwise.config.rules import stacks_at_the_end
 from stackwise.curriculum import choices
 from stackwise.curriculum.costs import stage_flops
@@ -13,6 +15,35 @@ from stackwise.model.spec import RackSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
+
+ENOUGH_STEPS, ENOUGH_SHARE = 1000, 0.2
+"""A joint phase is long enough with so many optimizer steps, or with that share of the run's."""
+
+
+def short_phase(config: StackWiseConfig, stages: list[Stage]) -> str | None:
+    """A note where the joint phase at the end of a run's stages has few steps; null where not, or where there is none.
+
+    A share of the FLOPs is a smaller share of the steps, since its steps are the dearest of the run. In runs too short
+    to train much at all nothing is noted.
+    """
+    if not tunes_jointly(config):
+        return None
+    count = len(_thawed(config, stacks_at_the_end(config)))
+    before, steps = (
+        sum(stage.steps for stage in stages[:-count]),
+        sum(stage.steps for stage in stages[-count:]),
+    )
+    enough = min(ENOUGH_STEPS, math.ceil(before * ENOUGH_SHARE / (1 - ENOUGH_SHARE)))
+    if steps >= enough or before < ENOUGH_STEPS:
+        return None
+    costs = stage_flops(config, stages)
+    wanted = sum(costs[-count:]) / steps * enough
+    fraction = math.ceil(100 * wanted / (sum(costs[:-count]) + wanted)) / 100
+    return (
+        f"training.progressive.joint_tuning_fraction {config.training.progressive.joint_tuning_fraction:g} leaves "
+        f"{steps:,} of the run's {before + steps:,} steps for the joint phase: too few to tune together what was trained "
+        f"apart. {fraction:g} gives it {enough:,}"
+    )
 
 
 def joint_stages(config: StackWiseConfig, before: list[Stage], start: RackSpec | None = None) -> list[Stage]:

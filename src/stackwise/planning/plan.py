@@ -56,11 +56,16 @@ def plan_on(
 
     `only`: the name of a stage; the others are left out, which saves their time. Without such a stage: all.
     """
+    from stackwise.curriculum.curricula import stages
+    from stackwise.curriculum.joint import short_phase
+
     data = data_facts(config, corpus)
     notes = config.notes()
     config, derived = resolve(config, vocab_size=data.vocab_size, mask_id=data.mask_id)
     dtype = compute_dtype(config, device)
     speed, edges = rate or device.rate(dtype), has_edges(config)
+    if (short := short_phase(config, stages(config, data.steps_per_epoch))) is not None:
+        notes.append(short)
     return Plan(
         stages=_Rows(config, device, dtype, speed, data).all(edges, only),
         derived=derived,

@@ -19,6 +19,7 @@ from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.choices import shared_start_steps
 from stackwise.curriculum.curricula import stages as stages_of_config
+from stackwise.curriculum.joint import short_phase
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.data.corpus import Corpus
@@ -92,6 +93,8 @@ def train(
         }
         if commit is None:
             stages = stages_of_config(resolved, loader_steps(resolved, loader))
+            if (short := short_phase(resolved, stages)) is not None:
+                notes.append(short)
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
             if resolved.checkpoint.init_from is not None:
                 to_all = shared_start_steps(resolved, 1) > 0
