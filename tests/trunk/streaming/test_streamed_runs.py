@@ -131,7 +131,12 @@ def test_a_stack_that_joins_streamed_ones_waits_in_host_memory(tiny):
         assert torch.equal(tensor, source[name])
 
 
-def test_a_run_goes_on_elsewhere_than_where_it_stopped(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [({}, STREAMED), (STREAMED, STREAMED), (STREAMED, {})],
+    ids=["to host", "on host", "back"],
+)
+def test_a_run_goes_on_where_it_stopped_or_elsewhere(tiny, monkeypatch, first, then):
     options = {"training__max_steps": 4}
     whole = train(tiny(training__run_id="whole", **options), sinks=[])
 
@@ -148,8 +153,8 @@ def test_a_run_goes_on_elsewhere_than_where_it_stopped(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "_train_step", step)
         with pytest.raises(Killed):
-            train(tiny(training__run_id="parts", **options), sinks=[])
-    rest = train(tiny(training__run_id="parts", **options, **STREAMED), sinks=[])
+            train(tiny(training__run_id="parts", **options, **first), sinks=[])
+    rest = train(tiny(training__run_id="parts", **options, **then), sinks=[])
     assert rest["resumed_from"] is not None
     assert hashes(rest) == hashes(whole)
 
