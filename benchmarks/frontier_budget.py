@@ -112,7 +112,7 @@ class _Visits:
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed, self.cursor = rows, seed, 0
-        self.kept: dict[int, np.ndarray] = {}  # the stores on disk: boundary -> which rows they hold
+        self.kept: dict[int, np.ndarray] = {}  # the stores, in memory: boundary -> which rows they hold
 
     def take(self, count: int) -> np.ndarray:
         """bool [rows]: which are among the next `count` of the stream."""
@@ -135,15 +135,16 @@ class _Visits:
     def fill(self, visited: np.ndarray, boundary: int) -> list[tuple[int, int]]:
         """(first block to run, rows) for rows that come for the first time at this boundary.
 
-        Afterwards the store of this boundary and the next one below it are kept, as in a run.
+        Afterwards the store of this boundary and the next one below it are kept, as in a run, and rows that came from
+        below have moved up.
         """
         nothing = np.zeros(self.rows, bool)
         lower = max((b for b in self.kept if b < boundary), default=0)
         held, below = self.kept.get(boundary, nothing), self.kept.get(lower, nothing)
         missing = visited & ~held
-        known = int((missing & below).sum())
-        self.kept = {boundary: held | visited, **({lower: below} if lower else {})}
-        return [(lower, known), (0, int(missing.sum()) - known)]
+        moved = missing & below
+        self.kept = {boundary: held | visited, **({lower: below & ~moved} if lower else {})}
+        return [(lower, int(moved.sum())), (0, int((missing & ~below).sum()))]
 
 
 def batch_for(keys: Keys, steps: int, target: float, rows: int) -> Keys:

@@ -202,6 +202,28 @@ def test_budgets_are_met_to_a_step(small: ModuleType) -> None:
             assert job.flops == flops_of(config_of(job.keys), 12)
 
 
+@pytest.mark.parametrize("steps", [10, 30])
+def test_the_budget_of_a_thawing_rack_is_what_its_run_costs(small: ModuleType, steps: int) -> None:
+    """The boundary rises with the stacks and falls as they thaw. Rows that were stored on the way up are there still,
+    but for those that have moved up: in the longer run all of them."""
+    from dataclasses import replace
+
+    from frontier_budget import config_of, leading_blocks
+    from stackwise.curriculum.curricula import stages
+    from stackwise.curriculum.specs import first_spec, stage_specs
+
+    setting = replace(small.QUICK.depth, steps=steps)
+    job = next(job for job in small.jobs_of(setting, 1) if job.variant == "append, gradual")
+    config = config_of(job.keys)
+    listed = stages(config)
+    specs = stage_specs(config, listed, first_spec(config, listed), "fp32")
+    boundaries = [leading_blocks(spec, stage) for spec, stage in zip(specs, listed, strict=True)]
+    assert boundaries == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert sum(stage.steps for stage in listed[:4]) * config.training.batch_size > setting.corpus.rows
+    record = small.do(job)
+    assert record["flops"] == pytest.approx(job.flops, rel=1e-9)
+
+
 def test_a_changed_budget_is_another_record(small: ModuleType) -> None:
     from dataclasses import replace
 
