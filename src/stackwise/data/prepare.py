@@ -44,8 +44,8 @@ def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus
         return Corpus.open(folder, reused=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".part-{secrets.token_hex(8)}")
-    part.mkdir()
     try:
+        part.mkdir()  # a signal may come as soon as it is there
         _write(part, recipe, tokenizer, source, held_out, settings)
         try:
             part.rename(folder)
