@@ -58,6 +58,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         self.changes[owner] = self.changes.get(owner, 0) + n_bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, so PyTorch need not wrap every call against it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):

@@ -62,7 +62,13 @@ class Recall(TorchDispatchMode):
 
     def __init__(self, fakes: FakeTensorMode) -> None:
         super().__init__()
-        self.fakes = fakes
+        with torch._C._DisableTorchDispatch():
+            self._like = vars(FakeTensor(fakes, torch.empty(0, device="meta"), CPU))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, so PyTorch need not wrap every call against it."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:
@@ -105,7 +111,10 @@ class Recall(TorchDispatchMode):
             plain.set_(inputs[made.view_of].untyped_storage(), look.offset, look.shape, look.stride)
         if look.is_conj:
             torch._C._set_conj(plain, True)
-        return FakeTensor(self.fakes, plain, CPU)
+        # What FakeTensor's constructor does, without looking at each of its many arguments.
+        fake = Tensor._make_subclass(FakeTensor, plain, dispatch_device=True, device_for_backend_keys=CPU)
+        vars(fake).update(self._like)
+        return fake
 
 
 def _is_plain(tensor: Tensor) -> bool:
