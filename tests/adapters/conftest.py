@@ -9,8 +9,9 @@ import torch
 
 from stackwise.adapters.attach import adapter_parameters
 from stackwise.model.block import Stack
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import RackSpec, StackSpec
 
 BLOCK = BlockSpec(d_model=24, n_heads=4, n_kv_heads=2, d_ff=40)
 """Widths whose products have no common structure: q and o 24 x 24, k and v 12 x 24, gate and up 40 x 24, down 24 x 40."""

@@ -21,8 +21,8 @@ from stackwise.config.resolve import resolve
 from stackwise.config.schema import schema_rows
 from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.specs import first_spec, stage_specs
+from stackwise.model.attention_settings import ATTENTION_TYPES
 from stackwise.model.describe import rack_spec
-from stackwise.model.settings import ATTENTION_TYPES
 from stackwise.model.spec import AdapterSpec, RackSpec
 from stackwise.objectives.build import objective_of
 

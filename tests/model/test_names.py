@@ -80,7 +80,7 @@ def test_a_wrong_adapter_spec_is_refused(wrong: dict, message: str) -> None:
 def test_adapter_specs_survive_a_dict() -> None:
     from dataclasses import asdict
 
-    from stackwise.model.spec import BlockSpec
+    from stackwise.model.block_spec import BlockSpec
 
     sets = (AdapterSpec("stack", "dora", 8, 4.0, 0.1, ("q", "v"), True), AdapterSpec("trunk"))
     stack = StackSpec("s0", (BlockSpec(16, 2),), weight_format="nf4", adapters=sets)

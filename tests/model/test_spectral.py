@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from stackwise import StackWiseConfig, create_rack_from_config
 from stackwise.curriculum.builder import ProgressiveRackBuilder
 from stackwise.curriculum.split import apply_training
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.linear import Linear
 from stackwise.model.rack import Rack
-from stackwise.model.spec import AdapterSpec, BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
 from stackwise.model.spectral import SpectralLinear, add_spectral_norm
 from stackwise.precision.convert import dense_tensors, freeze_stack
 from stackwise.precision.fake_quant import fake_quantise

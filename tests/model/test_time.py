@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from stackwise.curriculum.growth import grow
 from stackwise.curriculum.split import apply_training
 from stackwise.curriculum.stage import Growth
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec, TimeSpec
+from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 from stackwise.model.time import step_of
 from stackwise.trunk.keys import prefix_hash
 from stackwise.trunk.residency import reside

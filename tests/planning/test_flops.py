@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from stackwise.curriculum.split import apply_training
 from stackwise.kernels.attention import attention_reference
 from stackwise.kernels.product import pytorch_products
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.flops import attention_flops, block_forward_flops, step_flops, step_units
 from stackwise.model.own_io import InOut
 from stackwise.model.rack import recompute_block, run_block
-from stackwise.model.spec import AdapterSpec, BlockSpec
+from stackwise.model.spec import AdapterSpec
 from stackwise.objectives.causal import CausalLM
 
 BATCH, TOKENS = 2, 12
@@ -32,7 +33,7 @@ def make_rack(tied=False, **block):
 def counted(rack, units, monkeypatch, remat=False):
     """FLOP of the products of one training step, per token."""
     monkeypatch.setattr(
-        "stackwise.model.attention.attention",
+        "stackwise.model.attention.core.attention",
         lambda q, k, v, visible, causal, dropout: attention_reference(q, k, v, visible, causal),
     )
     split = apply_training(rack, units)
@@ -157,7 +158,7 @@ def test_a_stack_with_embedding_and_head_of_its_own_costs_what_its_products_are(
     split = apply_training(rack, units, alone=1)
     assert split.prefix == 0
     monkeypatch.setattr(
-        "stackwise.model.attention.attention",
+        "stackwise.model.attention.core.attention",
         lambda q, k, v, visible, causal, dropout: attention_reference(q, k, v, visible, causal),
     )
     example = CausalLM().corrupt({"input_ids": torch.randint(0, 29, (BATCH, TOKENS))})

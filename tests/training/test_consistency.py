@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from stackwise.curriculum.stage import Growth, Stage
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import RackSpec, StackSpec
 from stackwise.objectives.causal import CausalLM
 from stackwise.objectives.diffusion import Diffusion
 from stackwise.objectives.masked import Vocabulary

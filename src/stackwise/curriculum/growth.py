@@ -16,9 +16,10 @@ from torch import Tensor
 from stackwise.curriculum.layout import Copies, lay_out
 from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Block, Stack
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.init import Start, init_weights
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec
+from stackwise.model.spec import RackSpec
 from stackwise.precision.convert import dense_tensors
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from stackwise.curriculum.stage import INITS, OPS, Growth
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.block_spec import BlockSpec
+from stackwise.model.spec import RackSpec, StackSpec
 
 Copies = dict[str, str]
 """Name prefix of a new block -> that of the block it is made after: {'stacks.s1.blocks.0.': 'stacks.s0.blocks.0.'}."""

@@ -13,8 +13,9 @@ from stackwise.curriculum.layout import grow_spec
 from stackwise.curriculum.specs import first_spec, newcomers, stage_spec
 from stackwise.curriculum.split import trained_units
 from stackwise.curriculum.stage import Growth, Stage
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.describe import block_spec
-from stackwise.model.spec import BlockSpec, RackSpec
+from stackwise.model.spec import RackSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig

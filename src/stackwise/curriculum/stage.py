@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from stackwise.model.spec import BlockSpec
+from stackwise.model.block_spec import BlockSpec
 
 OPS = ("append", "prepend", "duplicate")
 INITS = ("copy", "zero", "random")

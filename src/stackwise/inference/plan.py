@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from stackwise.kernels.packed_linear import packed_linear
 from stackwise.kernels.rotary import rotary_table
-from stackwise.model.attention import Attention
+from stackwise.model.attention.mha import Attention
 from stackwise.model.block import Block, Stack
-from stackwise.model.cache import BlockCache, KVCache
+from stackwise.model.cache import KeyValueCache, RackCache
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
 from stackwise.model.norms import LayerNorm, RMSNorm
@@ -100,7 +100,7 @@ class DecodePlan:
         self.normalise = _normaliser(rack.norm)
         self.head = packed_linear(*_joined([(rack.head.matrix, None, 1.0)], rack.norm), rows)
 
-    def start(self, cache: KVCache, position_ids: Tensor, padding: Tensor | None) -> None:
+    def start(self, cache: RackCache, position_ids: Tensor, padding: Tensor | None) -> None:
         """Continue after the prompts that `cache` holds; it is read now and not needed any more.
 
         position_ids [B or 1, n]: positions of the tokens to come. padding bool [B, T]: False where the prompts are
@@ -113,7 +113,7 @@ class DecodePlan:
         kinds = {(block.rope_theta, block.head_dim) for block in self.blocks}
         self.turns = {kind: self._turns(*kind, position_ids) for kind in kinds}
         self.limit = self.length + position_ids.shape[1]
-        self.held = [_Held(held, self.limit) for held in cache.blocks]
+        self.held = [_Held(held, self.limit) for held in cache.blocks if isinstance(held, KeyValueCache)]
         self.capacity = self.length
         self._grow()
 
@@ -167,7 +167,7 @@ class _Held:
     keys [B K, capacity, H] and values [B K, H, capacity], each in the order in which its product reads fastest.
     """
 
-    def __init__(self, prompts: BlockCache, limit: int) -> None:
+    def __init__(self, prompts: KeyValueCache, limit: int) -> None:
         """`limit` is the largest capacity that will be asked for."""
         length, (rows, heads, _, width) = prompts.length, prompts.keys.shape
         self.shape = (rows, heads, width)
@@ -317,6 +317,6 @@ def _joined(layers: Sequence[Layer], norm: nn.Module | None = None) -> tuple[Ten
     return joined, bias
 
 
-def _newest_first(prompts: BlockCache, name: str) -> list[Tensor]:
+def _newest_first(prompts: KeyValueCache, name: str) -> list[Tensor]:
     kept = prompts.kept(name)
     return [] if kept is None else list(kept.flip(1).unbind(1))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache
 from stackwise.model.names import PlainNames
 from stackwise.model.own_io import InOut
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.short_conv import ShortConv
-from stackwise.model.spec import AdapterSpec, BlockSpec, StackSpec
+from stackwise.model.spec import AdapterSpec, StackSpec
 from stackwise.model.spectral import add_spectral_norm
 from stackwise.model.time import Condition
 from stackwise.model.visibility import Visibility
@@ -96,6 +98,11 @@ class Block(PlainNames):
         if self.dropout is not None:
             branch_BTD = self.dropout(branch_BTD)
         return x_BTD + (branch_BTD if self.gain == 1.0 else self.gain * branch_BTD)
+
+    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        cache: BlockCache = self.attn.make_cache(batch, capacity, dtype, device)
+        return cache
 
     def output_projections(self) -> list[nn.Module]:
         """The layers that write into the residual stream; zeroed, the block is the identity (pre-norm)."""

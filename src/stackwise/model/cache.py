@@ -1,4 +1,4 @@
-"""Keys and values of tokens already seen, one pair of buffers per block."""
+"""What a rack keeps of tokens already seen, one cache per block; attention makes the kind it needs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,11 @@ from torch import Tensor
 
 
 class BlockCache:
-    """Keys and values of one block: buffers [B, N_kv, capacity, H], filled from the left."""
+    """Of one block. `length`: tokens seen so far."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self) -> None:
         self.length = 0
         self._last: dict[str, Tensor] = {}
-
-    def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Append T tokens; returns everything held so far as views."""
-        start, stop = self.length, self.length + k_BNTH.shape[2]
-        if stop > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {stop} were asked for")
-        self.keys[:, :, start:stop] = k_BNTH
-        self.values[:, :, start:stop] = v_BNTH
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def extend(self, name: str, x_BTD: Tensor, keep: int) -> Tensor:
         """The last inputs kept under `name`, followed by the T new ones; at most `keep` of them are kept for next time."""
@@ -35,26 +24,38 @@ class BlockCache:
         return self._last.get(name)
 
 
-class KVCache:
-    """The caches of all blocks of a rack, for `batch` rows of at most `capacity` tokens."""
+class KeyValueCache(BlockCache):
+    """Keys and values: buffers [B, N_kv, capacity, H], filled from the left."""
 
     def __init__(
         self,
-        shapes: list[tuple[int, int]],
         batch: int,
+        heads: int,
         capacity: int,
+        width: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`shapes`: (n_kv_heads, head_dim) of each block in forward order."""
-        self.capacity = capacity
-        self.blocks = [
-            BlockCache(
-                torch.empty(batch, heads, capacity, width, dtype=dtype, device=device),
-                torch.empty(batch, heads, capacity, width, dtype=dtype, device=device),
-            )
-            for heads, width in shapes
-        ]
+        super().__init__()
+        self.keys = torch.empty(batch, heads, capacity, width, dtype=dtype, device=device)
+        self.values = torch.empty(batch, heads, capacity, width, dtype=dtype, device=device)
+
+    def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T tokens; returns everything held so far as views."""
+        start, stop = self.length, self.length + k_BNTH.shape[2]
+        if stop > self.keys.shape[2]:
+            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {stop} were asked for")
+        self.keys[:, :, start:stop] = k_BNTH
+        self.values[:, :, start:stop] = v_BNTH
+        self.length = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class RackCache:
+    """The caches of all blocks of a rack, in forward order."""
+
+    def __init__(self, blocks: list[BlockCache]) -> None:
+        self.blocks = blocks
 
     @property
     def length(self) -> int:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import appends, stacks_at_the_end
-from stackwise.model.settings import AttentionFields, ModelSettings, attention_fields
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec, TimeSpec
+from stackwise.model.attention_settings import AttentionFields
+from stackwise.model.block_spec import BlockSpec
+from stackwise.model.settings import ModelSettings, attention_fields
+from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stackwise.model.block import Stack
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.describe import attention_options, block_spec, rack_spec
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import RackSpec, StackSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig

@@ -11,9 +11,9 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.linear import Linear
 from stackwise.model.registry import FEED_FORWARDS
-from stackwise.model.spec import BlockSpec
 
 
 class GatedFeedForward(nn.Module):

@@ -17,8 +17,9 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.settings import FFN_TYPES
-from stackwise.model.spec import AdapterSpec, BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
 
 ATTENTION_INPUTS = ("attn.q", "attn.k", "attn.v")
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stackwise.kernels.embedding import look_up
 from stackwise.model.block import Block, Context, Stack
-from stackwise.model.cache import BlockCache, KVCache
+from stackwise.model.cache import BlockCache, RackCache
 from stackwise.model.init import Start, init_weights
 from stackwise.model.linear import Linear
 from stackwise.model.modes import autocast_to
@@ -198,7 +198,7 @@ class Rack(PlainNames):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: RackCache | None = None,
         time_step: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B, T], attention_mask 0/1 or bool [B, T] (with a cache: [B, seen + T]) -> logits [B, T, V].
@@ -226,7 +226,7 @@ class Rack(PlainNames):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: RackCache | None = None,
         prefix: int = 0,
         time_step: Tensor | None = None,
     ) -> Tensor:
@@ -264,7 +264,7 @@ class Rack(PlainNames):
         context: Context,
         start: int,
         stop: int | None = None,
-        cache: KVCache | None = None,
+        cache: RackCache | None = None,
     ) -> Tensor:
         """Run blocks start..stop-1 (null: to the last) in forward order, the tail included; [B, T, D] -> the same."""
         for index, (block, dtype) in list(enumerate(self._dtyped_blocks()))[start:stop]:
@@ -320,7 +320,7 @@ class Rack(PlainNames):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: RackCache | None = None,
         *,
         time_step: Tensor | None = None,
     ) -> Context:
@@ -375,10 +375,10 @@ class Rack(PlainNames):
 
     # --- generation --------------------------------------------------------------------------------------------
 
-    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty key-value cache for `batch` rows of up to `capacity` tokens."""
-        shapes = [(block.n_kv_heads, block.head_dim) for block in self.spec.blocks]
-        return KVCache(shapes, batch, capacity, dtype or self.dtype, self.device)
+    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> RackCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        kind = dtype or self.dtype
+        return RackCache([block.make_cache(batch, capacity, kind, self.device) for block in self.blocks()])
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Continue token ids [B, T]; see `stackwise.inference.generate.generate` for the options."""

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
 
-from stackwise.model.settings import ATTENTION_TYPES, FFN_TYPES, NORMS, POSITIONS
+from stackwise.model.attention_settings import ATTENTION_TYPES
+from stackwise.model.settings import FFN_TYPES, NORMS, POSITIONS
 
 T = TypeVar("T")
 

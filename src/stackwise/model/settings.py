@@ -16,9 +16,9 @@ from stackwise.config.types import (
     PositiveInt,
     UnitFloat,
 )
+from stackwise.model.attention_settings import AttentionFields, Preset
 
 # The names a key accepts. They are open: `model/` adds a name here when a part is registered.
-ATTENTION_TYPES = ["mha"]
 NORMS = ["rmsnorm", "layernorm"]
 POSITIONS = ["rope", "learned", "sinusoidal", "none"]
 FFN_TYPES = {
@@ -31,10 +31,6 @@ FFN_TYPES = {
     "relu2": False,
 }
 """Feed-forward name -> whether it is gated, which decides the default `d_ff`."""
-
-AttentionType = Annotated[str, OneOf(ATTENTION_TYPES)]
-AttentionMode = Literal["bidirectional", "causal"]
-Preset = Literal["bert_style", "gpt_style", "efficient_gqa", "custom"]
 
 
 class ArchitectureConfig(Settings):
@@ -49,17 +45,6 @@ class ArchitectureConfig(Settings):
     def total_blocks(self) -> int:
         """Blocks of the finished model: n_stacks * blocks_per_stack."""
         return self.n_stacks * self.blocks_per_stack
-
-
-class AttentionFields(Settings):
-    """Fields of the attention; null means not given here."""
-
-    attention_type: AttentionType | None = None
-    """Kind of attention; mha covers multi-head, grouped-query and multi-query by `n_kv_heads`."""
-    attention_mode: AttentionMode | None = None
-    """Whether a position sees only itself and earlier ones (causal) or all (bidirectional)."""
-    qk_norm: Flag | None = None
-    """Normalise queries and keys per head before their product."""
 
 
 class StackShape(Settings):

@@ -5,97 +5,14 @@ Growth, planning and checkpoints work on these; no torch is imported.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stackwise.config.errors import did_you_mean
-from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS, POSITION_LAYERS
-from stackwise.model.settings import FFN_TYPES, default_d_ff
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """One transformer layer. `rope_theta` null = no rotation; `n_kv_heads` 0 and `d_ff` 0 take the defaults."""
-
-    d_model: int
-    n_heads: int
-    n_kv_heads: int = 0
-    d_ff: int = 0
-    attention_type: str = "mha"
-    causal: bool = False
-    qk_norm: bool = False
-    rope_theta: float | None = 10_000.0
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
-    norm_placement: str = "pre"
-    ffn_type: str = "swiglu"
-    freeze_up_proj: bool = False
-    bias: bool = False
-    dropout: float = 0.0
-    residual_gain: float = 1.0
-    zero_init_outputs: bool = False
-    short_conv: int = 0
-
-    def __post_init__(self) -> None:
-        if self.n_kv_heads == 0:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        for registry, name in (
-            (ATTENTIONS, self.attention_type),
-            (FEED_FORWARDS, self.ffn_type),
-            (NORM_LAYERS, self.norm),
-        ):
-            if name not in registry.names():
-                registry.get(name)  # raises with the list and the nearest spelling
-        if self.d_ff == 0:
-            object.__setattr__(self, "d_ff", default_d_ff(self.d_model, self.ffn_type))
-        for problem in self._problems():
-            raise ValueError(problem)
-
-    def _problems(self) -> list[str]:
-        found = []
-        for name in ("d_model", "n_heads", "n_kv_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                found.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        if found:
-            return found
-        if self.d_model % self.n_heads:
-            found.append(f"n_heads must divide d_model: {self.d_model} is no multiple of {self.n_heads}")
-        elif self.rope_theta is not None and self.head_dim % 2:
-            found.append(f"rotary positions need an even head width, got {self.head_dim}")
-        if self.n_kv_heads > self.n_heads or self.n_heads % self.n_kv_heads:
-            found.append(f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}")
-        if self.short_conv < 0 or self.short_conv == 1:
-            found.append(f"short_conv must be 0 (off) or at least 2, got {self.short_conv}")
-        if self.short_conv and not self.causal and self.short_conv % 2 == 0:
-            found.append(f"short_conv {self.short_conv} of a bidirectional block is even: it has no middle")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0 <= self.residual_gain <= 1:
-            found.append(f"residual_gain must be in [0, 1], got {self.residual_gain}")
-        if self.norm_placement not in ("pre", "post"):
-            found.append(f"norm_placement must be pre or post, got {self.norm_placement!r}")
-        if self.freeze_up_proj and not FFN_TYPES.get(self.ffn_type, True):
-            found.append(f"freeze_up_proj needs a gated feed-forward (such as swiglu), got {self.ffn_type}")
-        return found
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
-    @classmethod
-    def create(cls, options: Mapping[str, Any]) -> BlockSpec:
-        """From keyword arguments; an unknown one is a TypeError with the nearest spelling."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-                raise TypeError(f"unknown block option {name!r}{hint}")
-        return cls(**options)
-
+from stackwise.model.block_spec import BlockSpec
+from stackwise.model.registry import POSITION_LAYERS
 
 ADAPTER_METHODS = ("lora", "dora", "mora", "bottleneck")
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.flops import step_units
-from stackwise.model.spec import AdapterSpec, BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
 
 TRAINED_BYTES = {"16": 16.0, "int8": 10.0, "int8_nomaster": 6.0, "fused": 4.0}
 """Bytes per trained parameter by optimizer memory; 16 is the plain one."""

@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.block_spec import BlockSpec
+from stackwise.model.spec import RackSpec, StackSpec
 from stackwise.planning import rules
 from stackwise.planning.devices import GB, Device
 

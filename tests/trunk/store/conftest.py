@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from stackwise.curriculum.split import apply_training
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.rack import Rack
-from stackwise.model.spec import BlockSpec, RackSpec, StackSpec
+from stackwise.model.spec import RackSpec, StackSpec
 from stackwise.objectives.base import Example
 from stackwise.objectives.causal import CausalLM
 from stackwise.trunk.store import ActivationStore

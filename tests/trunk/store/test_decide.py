@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stackwise.data.loader import permutation
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.flops import block_forward_flops
-from stackwise.model.spec import BlockSpec
 from stackwise.trunk.cached import open_prefix
 from stackwise.trunk.decide import NOMINAL, Rates, Room, Work, decide, overlap, store_seconds
 from stackwise.trunk.layout import entry_bytes

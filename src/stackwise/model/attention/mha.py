@@ -10,23 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stackwise.kernels.attention import attention
 from stackwise.kernels.rotary import rotary_table, rotate
+from stackwise.model.attention.core import attend
+from stackwise.model.block_spec import BlockSpec
+from stackwise.model.cache import BlockCache, KeyValueCache
 from stackwise.model.linear import Linear
 from stackwise.model.norms import RMSNorm
 from stackwise.model.registry import ATTENTIONS
-from stackwise.model.spec import BlockSpec
-from stackwise.model.visibility import Mask
 
 if TYPE_CHECKING:
     from stackwise.model.block import Context
-    from stackwise.model.cache import BlockCache
-
-
-def attend(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask: Mask, dropout: float) -> Tensor:
-    """softmax(q k / sqrt(H)) v over the visible keys; rows that see none give 0. -> [B, N, T, H]."""
-    out = attention(q_BNTH, k_BNSH, v_BNSH, visible=mask.visible, causal=mask.is_causal, dropout=dropout)
-    return out if mask.dead is None else out.masked_fill(mask.dead, 0.0)
 
 
 @ATTENTIONS.register("mha")
@@ -46,7 +39,7 @@ class Attention(nn.Module):
         self.o = Linear(spec.d_model, spec.d_model, bias=spec.bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
-        self.head_dim, self.causal = spec.head_dim, spec.causal
+        self.n_kv_heads, self.head_dim, self.causal = spec.n_kv_heads, spec.head_dim, spec.causal
         self.rope_theta, self.dropout = spec.rope_theta, spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
@@ -61,10 +54,15 @@ class Attention(nn.Module):
             q, k = rotate(q, factors), rotate(k, factors)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
+            assert isinstance(cache, KeyValueCache)
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
         out = attend(q, k, v, context.visibility.mask(self.causal), dropout)
         return self.o(out.transpose(1, 2).flatten(-2))
+
+    def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
+        """Room for the keys and values of `capacity` tokens."""
+        return KeyValueCache(batch, self.n_kv_heads, capacity, self.head_dim, dtype, device)
 
     def _factors(self, context: Context, x_BTD: Tensor) -> Tensor:
         """Rotation factors of the positions of this pass: [T, H/2], or [B, T, H/2] with position ids."""
