@@ -43,6 +43,9 @@ def situations(spec):
         replace(base, kind="cuda", dtype="bfloat16", recompute=True, micro_batches=2),
     )
     yield "streamed", replace(base, units=newest, frozen="streamed", trained="streamed")
+    new = frozenset({"stack:s0", "embedding"})
+    yield "the new stack held to consistency", replace(base, units=new, held=2)
+    yield "a block of it", replace(base, units=frozenset({"block:s0.1"}), held=2, edges=True)
     yield "alone", replace(base, units=frozenset({"stack:s0", "head"}), alone=0)
     yield "updated in the backward pass", replace(base, optimizer='{"memory": "fused"}')
 

@@ -107,7 +107,7 @@ def test_it_is_for_the_stack_that_was_prepended_last_and_takes_the_noise_of_the_
     held = Consistency(0.1, 2, (0.0, 0.5))
 
     def of(units, stages, index, settings=config):
-        return consistency_of(settings, stages, index, rack, units)
+        return consistency_of(settings, stages, index, rack.spec, units)
 
     assert of({"stack:s0", "norm"}, [first, halves[0]], 1) == held
     assert of({"block:s0.1"}, [first, *halves], 2) == held

@@ -118,7 +118,7 @@ class _Rows:
         for index, (stage, spec) in enumerate(zip(listed, specs, strict=True)):
             if stage.name not in wanted:
                 continue
-            situation = self._situation(stage, spec, stored, edges)
+            situation = self._situation(listed, index, spec, stored, edges)
             row = self._row(listed, index, situation)
             now = sum(size for name, size in row.memory.weights.items() if name != "fp32")
             row.disk["checkpoint"] += max(0, now - packed)  # stacks that were stored in their format just now
@@ -126,15 +126,20 @@ class _Rows:
             rows.append(row)
         return rows
 
-    def _situation(self, stage: Stage, spec: RackSpec, stored: str, edges: bool) -> Situation:
+    def _situation(
+        self, listed: list[Stage], index: int, spec: RackSpec, stored: str, edges: bool
+    ) -> Situation:
         from stackwise.curriculum.split import trained_units
         from stackwise.planning.situation import Situation
+        from stackwise.training.consistency import consistency_of
 
-        training = self.config.training
+        stage, training = listed[index], self.config.training
+        units = trained_units(spec, stage)
+        consistency = consistency_of(self.config, listed, index, spec, units)
         rows, progressive = training.loss_chunk_tokens, training.progressive
         return Situation(
             spec=spec,
-            units=frozenset(trained_units(spec, stage)),
+            units=frozenset(units),
             batch_size=stage.batch_size or training.batch_size,
             seq_len=stage.seq_len or training.seq_len,
             kind=self.device.kind,
@@ -149,6 +154,7 @@ class _Rows:
             loss_rows=None if rows == "auto" else int(rows),
             alone=stage.alone,
             scored=scored_share(self.config, stage.noise),
+            held=0 if consistency is None else consistency.blocks,
         )
 
     def _row(self, listed: list[Stage], index: int, situation: Situation) -> StagePlan:

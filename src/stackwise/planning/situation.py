@@ -25,7 +25,8 @@ class Situation:
     per chunk of logits, null by the device. `frozen`, `trained`: where blocks live (`trunk.residency`). `optimizer`:
     the settings of `training.optimizer`, as JSON. `rounding`: the format that stacks without one of their own are
     rounded to while they train. `scored`: share of the positions that the head reads, below 1 those of an objective
-    that hides tokens.
+    that hides tokens. `held`: how many blocks, the first in forward order, are held to consistency with those behind
+    them (`training.consistency`); 0: none.
     """
 
     spec: RackSpec
@@ -44,6 +45,7 @@ class Situation:
     loss_rows: int | None = None
     alone: int | None = None
     scored: float = 1.0
+    held: int = 0
 
     @cached_property
     def settings(self) -> OptimizerSettings:
@@ -62,11 +64,12 @@ class Situation:
 
 class Run(NamedTuple):
     """Equal blocks in a row: what happens to each, their stack without name and blocks (null in the tail), whether
-    they run at all, how many of them are kept."""
+    they run at all, whether they are held to consistency, how many of them are kept."""
 
     work: Work
     stack: StackSpec | None
     runs: bool
+    held: bool = False
     kept: int = 0
 
 
@@ -100,18 +103,20 @@ def shortened(situation: Situation) -> tuple[Situation, list[int]]:
         units |= {f"lora.{name}:s{index}" for name in first.work.learning}
         units |= {f"io:s{index}"} if f"io:{first.stack.uid}" in situation.units else set()
         alone = index if situation.alone is not None and first.runs else alone
-    return replace(situation, spec=spec, units=frozenset(units), alone=alone), counts
+    held = sum(run.kept for run in runs if run.held)
+    return replace(situation, spec=spec, units=frozenset(units), alone=alone, held=held), counts
 
 
 def _kinds(situation: Situation) -> Iterator[Run]:
     """Every block of the whole rack, as a run of its own."""
-    works = iter(situation.works())
+    works = enumerate(situation.works())
     for stack in situation.spec.stacks:
         # one with an embedding of its own stands for no other
         bare = replace(stack, uid=stack.uid if stack.own_io else "", blocks=(), build_index=0)
         for _ in stack.blocks:
-            yield Run(next(works), bare, situation.alone in (None, stack.build_index))
-    for work in works:
+            at, work = next(works)
+            yield Run(work, bare, situation.alone in (None, stack.build_index), at < situation.held)
+    for _, work in works:
         yield Run(work, None, True)
 
 

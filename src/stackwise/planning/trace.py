@@ -27,6 +27,7 @@ from stackwise.planning.fake import fake_tensors, without_storage
 from stackwise.planning.live import LiveBytes
 from stackwise.planning.situation import Situation, shortened
 from stackwise.precision.fake_quant import fake_quantise
+from stackwise.training.consistency import Aim, Consistency, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.optim import set_widths
 from stackwise.training.settings import TrainingSettings
@@ -175,6 +176,8 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
     # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
     objective = CausalLM()
     setup = StageSetup(rack, objective, set(situation.units), split, None, _RUN, None, 0.0, situation.seq_len)  # type: ignore[arg-type]
+    if situation.held:
+        setup.consistency = Consistency(1.0, situation.held, None)
     for stack in rack.stacks:
         if situation.rounding and f"stack:{stack.uid}" in situation.units:
             fake_quantise(stack, stack.frozen_format or situation.rounding)
@@ -194,15 +197,18 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
         for _ in range(situation.micro_batches):
             marks.start()
             example = _example(situation)
+            aim = None if setup.consistency is None else Aim(_example(situation), torch.ones(()))
             with autocast_to(situation.dtype, device):
-                hidden = setup.forward(example)
+                new, hidden = (None, setup.forward(example)) if aim is None else setup.forward_past(example)
                 marks.start()
                 loss = objective.loss(hidden, rack.io.head.matrix, example, situation.loss_rows)[0]
+                if aim is not None and new is not None:
+                    loss = loss + aim.factor * distance(rack, objective, new, aim.lighter)
             loss = loss / objective.weight(example)
-            del hidden
+            del hidden, new
             marks.start()
             loss.backward()
-            del loss, example
+            del loss, example, aim
         marks.end()
     for hook in freed:
         hook.remove()

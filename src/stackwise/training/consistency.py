@@ -9,7 +9,7 @@ is constant. Masks of one sample lie inside each other, so the new stack learns 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.stage import Stage
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec
 from stackwise.objectives.base import Example, Noise, Objective
 from stackwise.objectives.head import context_of
 
@@ -56,9 +57,9 @@ class Consistency:
 
 
 def consistency_of(
-    config: StackWiseConfig, stages: Sequence[Stage], index: int, rack: Rack, units: set[str]
+    config: StackWiseConfig, stages: Sequence[Stage], index: int, spec: RackSpec, units: Set[str]
 ) -> Consistency | None:
-    """What stage `index`, which trains `units` of a rack that has grown already, is held to; null: nothing.
+    """What stage `index`, which trains `units` of a rack that has grown already (`spec`), is held to; null: nothing.
 
     It is where the stack that was prepended last trains and the stacks behind it do not.
     """
@@ -66,7 +67,7 @@ def consistency_of(
     grown = [i for i, stage in enumerate(stages[: index + 1]) if stage.grow is not None]
     if not weight or not grown or not grown[-1] or stages[index].alone is not None:
         return None
-    growth, new = stages[grown[-1]].grow, rack.stacks[0]
+    growth, new = stages[grown[-1]].grow, spec.stacks[0]
     trained = {unit.partition(":")[2].partition(".")[0] for unit in units if ":" in unit}
     if growth is None or growth.op != "prepend" or trained != {new.uid}:
         return None

@@ -205,7 +205,7 @@ class Engine:
             stores=self.progress.stores,
         )
         self.setup.consistency = consistency_of(
-            self.config, self.stages, self.progress.stage, self.rack, self.setup.units
+            self.config, self.stages, self.progress.stage, self.rack.spec, self.setup.units
         )
         self.scaling = self.dtype == torch.float16 or self.setup.scales
         self.has_scaled = self.has_scaled or self.scaling
