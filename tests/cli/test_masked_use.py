@@ -162,6 +162,7 @@ WRONG = [
     (["fill", "both", "Ω[MASK]"], "U+03A9"),
     (["fill", "tiny", "a[MASK]"], "`stackwise generate` continues a text with it"),
     (["embed", "tiny", "a"], "`stackwise embed` needs a model that sees both directions"),
+    (["chat", "both"], "that of this run sees both directions; `stackwise generate` fills masked positions"),
     (["embed", "both", ""], "the text '' has no tokens"),
 ]
 

@@ -12,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackwise.config.objective_rules import label_of
+from stackwise.config.root import StackWiseConfig
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.errors import DataError
+from stackwise.evaluation.masked import masked_scores
 from stackwise.evaluation.nelbo import QUARTERS, ByCount, Nelbo, nelbo
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import IGNORE
-from stackwise.objectives.denoiser import Denoiser
+from stackwise.objectives.denoiser import Denoiser, denoiser_of
+from stackwise.objectives.diffusion import Diffusion
 from stackwise.objectives.intervals import Intervals
 from stackwise.objectives.masked import Vocabulary
 
@@ -220,6 +224,37 @@ def test_the_same_call_gives_the_same_figure_and_leaves_the_rack_as_it_was(split
 
 
 # --- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [None, [0.2, 0.5, 0.9]])
+def test_stacks_that_learned_single_shares_have_no_bound(
+    split: TokenSplit, points: list[float] | None
+) -> None:
+    config = StackWiseConfig.from_dict(
+        {
+            "model": {"attention_preset": "bert_style", "vocab_size": V, "architecture": {"n_stacks": 3}},
+            "objective": {"mask_token_id": MASK},
+            "training": {
+                "progressive": {
+                    "building_mode": "independent",
+                    "training_objective": "diffusion",
+                    "time_step_mask_fractions": points,
+                }
+            },
+        }
+    )
+    denoiser = denoiser_of(rack_of(3), config)
+    if points is None:
+        assert nelbo(denoiser, split, seq_len=T).label == label_of(config) == "bound"
+        return
+    assert label_of(config) == "pseudo"
+    with pytest.raises(ValueError, match=r"each stack learned a single one .*time_step_mask_fractions"):
+        nelbo(denoiser, split, seq_len=T)
+    objective = Diffusion(Vocabulary(V, MASK), 1, "absorbing")
+    for share in points:
+        scores = masked_scores(denoiser, objective, split, seq_len=T, noise=(share, share))
+        assert scores.label == "pseudo"
+        assert scores.share == pytest.approx(share, abs=0.5 / T)
 
 
 @pytest.mark.parametrize("estimator", ["count", "t"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 
+from stackwise.cli.errors import UsageError
 from stackwise.cli.generate import (
     Greedy,
     MaxNewTokens,
@@ -36,7 +37,7 @@ def chat(
     """Write a text in turns with the model of a run: you a line, the model what follows.
 
     The model continues the whole text so far, as far as its context reaches. It was trained to continue text, not to
-    answer. Ctrl-D or Ctrl-C ends it.
+    answer. Ctrl-D or Ctrl-C ends it. A model that sees both directions cannot: `stackwise generate` fills gaps with it.
 
     \b
     Examples:
@@ -47,6 +48,11 @@ def chat(
     from stackwise.training.stored import open_run
 
     opened = open_run(path)
+    if not opened.rack.is_causal:
+        raise UsageError(
+            "`stackwise chat` needs a causal model, and that of this run sees both directions; "
+            "`stackwise generate` fills masked positions with it (in Python: Rack.denoise)"
+        )
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -103,12 +103,17 @@ def nelbo(
 
     The same call gives the same figure, and in float32 it does not depend on `batch_size` (up to 1e-6). `batches`
     limits the work to `batches * batch_size` windows spread over the split. ValueErrors: an unknown estimator or kind of
-    counts, and those of `Windows`.
+    counts; stacks that learned single shares of masked tokens; those of `Windows`.
     """
     if estimator not in ("count", "t"):
         raise ValueError(f"unknown estimator {estimator!r}; allowed: count, t")
     if counts not in ("even", "modulo"):
         raise ValueError(f"unknown counts {counts!r}; allowed: even, modulo")
+    if denoiser.points:
+        raise ValueError(
+            "a bound needs every share of masked tokens, and each stack learned a single one "
+            "(training.progressive.time_step_mask_fractions); evaluation.masked.masked_scores scores them there"
+        )
     rack = denoiser.rack
     windows = Windows(
         rack,

@@ -36,7 +36,8 @@ class Denoiser:
     next to the head; prefix, it and all next to the embedding. `intervals` null: one, and the whole rack.
 
     `shifted`: the hidden state before a token predicts it. `banned`: ids that are never predicted, besides `mask_id`.
-    `schedule`: for a rack that is told the time. `forwards` counts passes of rows through the rack.
+    `schedule`: for a rack that is told the time. `points`: each stack learned a single share of hidden tokens, and
+    answers for the interval around it. `forwards` counts passes of rows through the rack.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Denoiser:
         shifted: bool = False,
         banned: Sequence[int] = (),
         schedule: NoiseSchedule | None = None,
+        points: bool = False,
     ) -> None:
         if path not in PATHS:
             raise ValueError(f"unknown path {path!r}; allowed: {', '.join(PATHS)}")
@@ -58,7 +60,7 @@ class Denoiser:
             raise ValueError(f"the path {path} needs intervals of noise")
         self.rack, self.mask_id, self.intervals, self.path = rack, mask_id, intervals, path
         self.shifted, self.banned, self.schedule = shifted, (mask_id, *banned), schedule
-        self.forwards = 0
+        self.points, self.forwards = points, 0
 
     def logits(
         self,
@@ -219,15 +221,16 @@ def denoiser_of(rack: Rack, config: StackWiseConfig, special_ids: Sequence[int] 
     time = time_of(config)
     schedule = NoiseSchedule(keys.noise_schedule, keys.noise_power, keys.noise_table)
     shares_out = time == "depth" and not tunes_jointly(config)
-    intervals = stack_noise(config, len(rack.stacks)).routes if shares_out else None
+    noise = stack_noise(config, len(rack.stacks)) if shares_out else None
     path = {"independent": "alone", "prepend": "suffix", "append": "prefix"}.get(
         progressive.building_mode, "rack"
     )
     return Denoiser(
         rack,
         keys.mask_token_id,
-        intervals=intervals,
-        path=path if intervals else "rack",
+        intervals=None if noise is None else noise.routes,
+        path="rack" if noise is None else path,
+        points=noise is not None and noise.points is not None,
         shifted=keys.target_shift,
         banned=[
             i
