@@ -669,6 +669,24 @@ NOTED = [
         "more than 4 stacks",
     ),
     ("training: {progressive: {building_mode: independent}}", "every stack learns the whole task by itself"),
+    *(
+        (
+            f"objective: {{weight: clipped, clip: [0.2, 0.9]}}\n{DEPTH % 'time_overlap: 0.1'}",
+            f"objective.{name} has no effect: every stage draws from the noise of its own",
+        )
+        for name in ("weight", "clip")
+    ),
+    (
+        f"objective: {{weight: clipped, clip: [0.2, 0.9]}}\n{BOTH_WAYS.replace('diffusion', 'mlm')}",
+        "objective.clip has no effect: training.progressive.training_objective is mlm",
+    ),
+    *(
+        (
+            BOTH_WAYS.replace("enabled: false", f"enabled: false, time_interpretation: input, {name}: 50"),
+            f"training.progressive.{name} has no effect: only training.progressive.time_encoding_type learned has",
+        )
+        for name in ("num_time_steps", "time_per_stack")
+    ),
     ("data: {eval_path: b.txt, eval_fraction: 0.5}", "data.eval_path wins"),
     ("data: {packing: false, doc_mask: false}", "data.doc_mask has no effect"),
     ("data: {text_key: body}", "data.text_key has no effect"),
@@ -796,6 +814,34 @@ def test_keys_that_some_stage_leaves_in_force_are_not_noted():
         notes = StackWiseConfig.from_dict({"training": training}).notes()
         inert = "cache_dtype" if "precision" in own else "fake_quant"
         assert [note.split()[0] for note in notes] == [f"training.progressive.{inert}"]
+
+
+CLIPPED = "objective: {weight: clipped, clip: [0.2, 0.9]}\n"
+STAGES = """model: {attention_preset: bert_style}
+training:
+  stages: [{train: [all], max_steps: 1, noise: [0, 1]}, {train: [all], max_steps: 1%s}]
+  progressive: {training_objective: diffusion, joint_tuning: false}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "inert"),
+    [
+        (CLIPPED + BOTH_WAYS, False),
+        (CLIPPED + DEPTH % "shared_start_fraction: 0.2", False),
+        (CLIPPED + "checkpoint: {init_from: runs/a}\n" + DEPTH % "shared_start_fraction: 0.2", True),
+        (CLIPPED + DEPTH % "joint_tuning: true", False),
+        (CLIPPED + DEPTH.replace("independent", "append") % "time_interpretation: depth", False),
+        (CLIPPED + DEPTH.replace("independent", "prepend") % "time_overlap: 0.1", True),
+        (CLIPPED + STAGES % "", False),
+        (CLIPPED + STAGES % ", noise: [0, 1]", True),
+        ("objective: {weight: uniform}\n" + DEPTH % "time_overlap: 0.1", False),
+    ],
+)
+def test_shares_are_clipped_in_the_stages_that_have_no_noise_of_their_own(text, inert):
+    notes = StackWiseConfig.from_dict(parse(text, "").data).notes()
+    noted = [note.split()[0] for note in notes if "has no effect: every stage draws" in note]
+    assert noted == (["objective.weight", "objective.clip"] if inert else [])
 
 
 def test_nothing_is_noted_about_defaults():

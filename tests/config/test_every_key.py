@@ -219,6 +219,7 @@ DEPTH = {**DIFFUSION, **ALONE, "model.architecture.n_stacks": 3}
 POINTS = {**DEPTH, "training.progressive.time_step_mask_fractions": "schedule"}
 OWN = {**DEPTH, "training.progressive.stack_time_mapping": "custom"}
 TOLD = {**MASKED, "training.progressive.time_interpretation": "input"}
+TABLE = {**TOLD, "training.progressive.time_encoding_type": "learned"}
 ALONG = {"training.progressive.qlora_strategy": "progressive"}
 
 PROOFS: dict[str, Proof] = {
@@ -352,8 +353,8 @@ PROOFS: dict[str, Proof] = {
     "training.progressive.time_embedding_dim": rack(96, TOLD),
     "training.progressive.time_encoding_type": rack("learned", TOLD),
     "training.progressive.time_conditioning": rack("adaln", TOLD),
-    "training.progressive.num_time_steps": rack(50, TOLD),
-    "training.progressive.time_per_stack": rack(50, TOLD),
+    "training.progressive.num_time_steps": rack(50, TABLE),
+    "training.progressive.time_per_stack": rack(50, TABLE),
     "training.progressive.joint_tuning": course(False, STEPS),
     "training.progressive.joint_tuning_fraction": course(0.5, STEPS),
     "training.progressive.growth_optimizer": course("carry", STEPS),

@@ -54,6 +54,15 @@ def has_own_io(config: StackWiseConfig) -> bool:
     return choice == "own" or (objective_rules.time_of(config) == "depth" and not tunes_jointly(config))
 
 
+def gives_every_stage_noise(config: StackWiseConfig) -> bool:
+    """Whether all stages hide shares of tokens of their own, so that none draws them from everywhere."""
+    if program_of(config) == "by_hand":
+        return all(stage.noise is not None for stage in config.training.stages or ())
+    starts_shared = config.training.progressive.shared_start_fraction and config.checkpoint.init_from is None
+    shared = program_of(config) == "independent" and starts_shared
+    return objective_rules.time_of(config) == "depth" and not shared and not tunes_jointly(config)
+
+
 def trains_the_trunk(config: StackWiseConfig) -> bool:
     """Whether older stacks train again at a rate of their own."""
     progressive = config.training.progressive
@@ -195,6 +204,16 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         "training.max_steps",
         lambda c: program_of(c) == "cyclic" and c.training.progressive.cycle_steps is not None,
         "training.progressive.cycle_steps wins",
+    ),
+    *(
+        (
+            f"objective.{name}",
+            lambda c: (
+                objective_rules.diffuses(c) and c.objective.weight == "clipped" and gives_every_stage_noise(c)
+            ),
+            "every stage draws from the noise of its own",
+        )
+        for name in ("weight", "clip")
     ),
     *adapter_rules.INERT,
     *precision_rules.INERT,

@@ -21,6 +21,11 @@ def masks(config: StackWiseConfig) -> bool:
     return config.training.progressive.training_objective in ("mlm", "diffusion")
 
 
+def diffuses(config: StackWiseConfig) -> bool:
+    """Whether the objective is masked diffusion."""
+    return config.training.progressive.training_objective == "diffusion"
+
+
 def label_of(config: StackWiseConfig, noise: tuple[float, float] | None = None) -> str:
     """What a held-out loss is: the exact likelihood, a bound of it, or pseudo (no likelihood of the text).
 
@@ -175,6 +180,10 @@ def _why(config: StackWiseConfig) -> str:
     return f"{OBJECTIVE} is {config.training.progressive.training_objective}"
 
 
+def _why_no_clip(config: StackWiseConfig) -> str:
+    return "objective.weight is not clipped" if diffuses(config) else _why(config)
+
+
 MASKED_KEYS = (
     "corruption",
     "predict",
@@ -197,8 +206,7 @@ def _reads_schedule(config: StackWiseConfig) -> bool:
     """Whether shares of noise and times are turned into each other."""
     if time_of(config) == "input":
         return True
-    diffuses = config.training.progressive.training_objective == "diffusion"
-    return diffuses and (config.objective.form == "t" or corruption_of(config) == "gaussian")
+    return diffuses(config) and (config.objective.form == "t" or corruption_of(config) == "gaussian")
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackWiseConfig], str]]] = [
@@ -232,14 +240,6 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackW
         lambda c: c.objective.noise_schedule != "table",
         "objective.noise_schedule is not table",
     ),
-    *(
-        (
-            f"training.progressive.{name}",
-            lambda c: time_of(c) != "input",
-            f"the model is told no time: {TIME} is not input",
-        )
-        for name in ("time_embedding_dim", "time_encoding_type", "time_sampling", "time_conditioning")
-    ),
     (
         "objective.noise_schedule",
         lambda c: masks(c) and not _reads_schedule(c),
@@ -252,7 +252,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackW
         "every row has the same share of masked tokens",
     ),
     ("evaluation.passes", _unless("mlm", "diffusion"), _why),
-    ("objective.clip", lambda c: c.objective.weight != "clipped", "objective.weight is not clipped"),
+    ("objective.clip", lambda c: not diffuses(c) or c.objective.weight != "clipped", _why_no_clip),
     ("objective.t_eps", lambda c: c.objective.form != "t", "objective.form is not t"),
 ]
 

@@ -82,8 +82,9 @@ def _why(config: StackWiseConfig) -> str:
     return f"{TIME} is {time_of(config)}" + (" here" if given == "auto" else "")
 
 
-def _draws_from_intervals(config: StackWiseConfig) -> bool:
-    return time_of(config) == "depth" and program_of(config) != "by_hand"
+def _has_table(config: StackWiseConfig) -> bool:
+    """Whether the model looks time up by its step."""
+    return time_of(config) == "input" and config.training.progressive.time_encoding_type == "learned"
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackWiseConfig], str]]] = [
@@ -96,9 +97,17 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str | Callable[[StackW
         for name in ("time_embedding_dim", "time_encoding_type", "time_sampling", "time_conditioning")
     ),
     *((f"{KEYS}.{name}", _is_not("depth", "input"), _why) for name in ("num_time_steps", "time_per_stack")),
+    *(
+        (
+            f"{KEYS}.{name}",
+            lambda c: time_of(c) == "input" and not _has_table(c),
+            f"only {KEYS}.time_encoding_type learned has steps",
+        )
+        for name in ("num_time_steps", "time_per_stack")
+    ),
     (
         f"{KEYS}.time_per_stack",
-        lambda c: time_of(c) == "input" and c.training.progressive.num_time_steps is not None,
+        lambda c: _has_table(c) and c.training.progressive.num_time_steps is not None,
         f"{KEYS}.num_time_steps wins",
     ),
     *(

@@ -48,7 +48,7 @@ class ObjectiveSettings(Settings):
     weight: Literal["nelbo", "uniform", "clipped"] = "nelbo"
     """Weight of the masked tokens. nelbo: that of the likelihood bound; uniform: 1 for each; clipped: as nelbo, with shares drawn from `clip`."""
     clip: Annotated[list[UnitFloat], MinLen(2), MaxLen(2)] = [0.3, 0.8]
-    """[lowest, highest] share of masked tokens under weight clipped."""
+    """[lowest, highest] share of masked tokens under weight clipped, in stages that have no noise of their own."""
     form: Literal["count", "t"] = "count"
     """How a row is masked. count: an exact number of its tokens; t: each token by itself, with probability r(t)."""
     t_sampling: Literal["stratified", "antithetic", "uniform"] = "stratified"
@@ -81,9 +81,9 @@ class TimeKeys(Settings):
     time_interpretation: Literal["auto", "depth", "input", "none"] = "auto"
     """depth: each stack owns an interval of noise, heavy noise next to the embedding; input: the model is told the time; none: neither. auto: depth for prepend and independent with a masked objective, else none."""
     time_per_stack: PositiveInt = 100
-    """Time steps that each stack owns."""
+    """Time steps that each stack owns. In input mode they count the rows of a learned table."""
     num_time_steps: PositiveInt | None = None
-    """Time steps in all, the horizon. null: stacks * `time_per_stack`, which in depth mode is the only one."""
+    """Time steps in all, the horizon. null: stacks * `time_per_stack`, which in depth mode is the only one. In input mode the rows of a learned table."""
     stack_time_mapping: Literal["linear", "exponential", "custom"] = "linear"
     """Intervals of noise of the stacks. linear: equal shares of masked tokens; exponential: each heavier one a multiple of the lighter; custom: `time_boundaries`."""
     time_boundaries: Annotated[list[UnitFloat], MinLen(2)] | None = None
