@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from stackwise import Rack, StackWiseConfig, plan, stages, train
+from stackwise.cli.main import main
 from stackwise.config.resolve import resolve
 from stackwise.config.shape import names_of
 from stackwise.curriculum.costs import stage_flops
 from stackwise.curriculum.settings import CurriculumKeys
+from stackwise.data.prepare import prepare
+from stackwise.data.reference import reference_lines
 from stackwise.data.tokenizers import ByteTokenizer
+from stackwise.evaluation.masked import masked_scores
 from stackwise.model.describe import rack_spec
+from stackwise.objectives.build import objective_of
+from stackwise.objectives.denoiser import denoiser_of
+from stackwise.training.stored import open_run
 
 STAGES = {
     "append-text": 5,
@@ -146,3 +154,55 @@ def test_a_small_copy_of_a_recipe_trains(recipe: Path, tmp_path: Path, monkeypat
     assert [entry["name"] for entry in history] == [stage.name for stage in full]
     assert [entry["n_stacks"] for entry in history] == [stage.n_stacks for stage in full]
     assert history[-1]["eval_loss"] < history[0]["loss_first"]
+
+
+ENCODERS = ("tiny-bert", "diffusion-char", "time-as-input", "depth-as-time")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_commands_that_a_recipe_shows_do_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its runs made small, one command after the other, in a folder with the recipes and a text."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(RECIPES[0].parent)
+    (tmp_path / "my.txt").write_text("It was a great day, and all work and no play.\n" * 40)
+    head = (tmp_path / f"recipes/{name}.yaml").read_text().partition("\n\n")[0]
+    commands = [line.split(maxsplit=2)[2] for line in head.splitlines() if line.startswith("#   stackwise ")]
+    assert len(commands) >= 2
+    for command in commands:
+        words = shlex.split(command)
+        runs = words[0] in ("train", "plan")
+        small = [*SMALL, "evaluation.batch_size=4", "training.max_steps=2", "--quiet"] if runs else []
+        assert main([*words, *(word for word in small if words[0] == "train" or word != "--quiet")]) == 0, (
+            words
+        )
+        told = capsys.readouterr().out
+        if words[0] in ("eval", "fill"):
+            assert {"eval": "(exact)", "fill": "probability"}[words[0]] in told
+        elif words[0] == "generate":
+            assert told.startswith("It was")
+    assert {path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")} >= {name}
+    if name == "depth-as-time":
+        assert main(["eval", "runs/merged", "--json"]) == 0
+        assert '"label": "bound"' in capsys.readouterr().out
+
+
+def test_a_small_bert_learns_what_the_commonest_character_cannot_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text that its neighbours determine it guesses three times as much as a guess without context."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    (recipe,) = (path for path in RECIPES if path.stem == "tiny-bert")
+    config = load(recipe, tmp_path, *SMALL, "training.max_steps=100", "training.batch_size=16")
+    run = open_run(train(config, sinks=[])["run_dir"])
+    assert run.config.data.cache_dir is not None
+    corpus = prepare(run.config.data, run.config.data.cache_dir)
+    objective = objective_of(run.config)
+    scores = masked_scores(denoiser_of(run.rack, run.config), objective, corpus.validation, seq_len=32)
+    size, hidden = run.rack.spec.vocab_size, objective.vocabulary.hidden
+    unigram = reference_lines(corpus.train, corpus.validation, size, hidden)
+    assert 0.1 < scores.share < 0.2
+    assert scores.accuracy > 3 * unigram.unigram_accuracy
+    assert scores.nats_per_masked_token < unigram.unigram / 3
