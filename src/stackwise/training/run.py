@@ -201,6 +201,11 @@ def _restore(
     where: Where,
 ) -> Engine:
     meta = state.read_meta(store, commit)
+    if "imported" in meta:
+        raise IncompatibleResumeError(
+            f"{store.root.parent} is an imported model, which has no training to go on with; give the run that starts "
+            "from it a training.run_id of its own"
+        )
     stages, progress = state.stages_of(meta), state.progress_of(meta)
     try:
         if progress.begun:

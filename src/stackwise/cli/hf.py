@@ -1,0 +1,84 @@
+"""`stackwise import`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.options import RUNS, Threads
+from stackwise.cli.output import next_steps, note
+
+
+def import_model(
+    model: Annotated[
+        str, typer.Argument(metavar="PATH_OR_ID", help="A model folder, or an id of the Hugging Face hub.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="RUN", help="Folder of the run to make; by default runs/NAME."),
+    ] = None,
+    stacks: Annotated[
+        int | None,
+        typer.Option("--stacks", metavar="N", help="Cut the layers into N stacks, as equal as can be."),
+    ] = None,
+    blocks_per_stack: Annotated[
+        int | None, typer.Option("--blocks-per-stack", metavar="N", help="Cut them into stacks of N blocks.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="PATH_OR_ID", help="A tokenizer in place of the folder's own."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Take over a model of the Hugging Face format as a run.
+
+    Reads config.json, safetensors files and tokenizer.json; tensor by tensor, so that it takes little more memory than
+    the model. Nothing in the folder is run, and pickled weights are refused. Keys of config.json that are not understood
+    are refused by name, and so are tensors that are missing, unknown or of another shape.
+
+    The run can be used like any other: for text, to plan, and to start another run from, with adapters, with more
+    stacks, or for another objective.
+
+    \b
+    Examples:
+      stackwise import openai-community/gpt2 --stacks 4
+      stackwise import ./Llama-3.2-1B -o runs/llama --blocks-per-stack 4
+      stackwise generate runs/llama --prompt 'Once upon a time'
+      stackwise train runs/llama/config.yaml training.run_id=tuned data.source=text data.path=my.txt
+    """
+    from stackwise.interop.hf_import import read_model
+    from stackwise.tracking.folder import RunFolder, RunFolderError
+    from stackwise.training.adopt import adopt
+
+    target = out or RUNS / Path(model.rstrip("/")).name
+    if RunFolder(target).holds_a_run():
+        raise RunFolderError(f"{target} already holds a run; choose another folder with --out")
+
+    def watch(done: int, total: int) -> None:
+        print(f"\rreading tensors {done:,} of {total:,}", end="", file=sys.stderr)
+        if done == total:
+            print(file=sys.stderr)
+
+    imported = read_model(
+        model,
+        stacks=stacks,
+        blocks_per_stack=blocks_per_stack,
+        tokenizer=tokenizer,
+        watch=watch if sys.stderr.isatty() else None,
+    )
+    folder = adopt(imported, target)
+    for text in imported.notes:
+        note(text)
+    rack = imported.rack
+    cuts = ", ".join(str(len(stack.blocks)) for stack in rack.spec.stacks)
+    print(f"{imported.family.model_type}, {rack.get_parameter_count():,} parameters, blocks by stack: {cuts}")
+    print(f"\nRun     {folder.path}")
+    next_steps(
+        text_from_it=f"stackwise generate {folder.path} --prompt 'Once upon'"
+        if rack.is_causal
+        else f"stackwise fill {folder.path}",
+        train_it_on=f"stackwise train {folder.config} training.run_id=NAME data.source=text data.path=FILE",
+    )
