@@ -108,6 +108,19 @@ def test_watch_draws_over_itself_in_a_terminal(cli, masked, monkeypatch):
     assert result.out.startswith("the ")
 
 
+@pytest.mark.parametrize(
+    ("objective", "use", "other"),
+    [("diffusion", "stackwise generate", "fill"), ("mlm", "stackwise fill", "generate")],
+)
+def test_a_run_ends_by_telling_what_it_is_good_for(cli, masked, objective, use, other):
+    words = ["train", "tiny.yaml", "--plain", "training.progressive.enabled=false", *BOTH_WAYS[:1]]
+    told = cli(*words, f"training.progressive.training_objective={objective}", "training.run_id=new").out
+    steps = told[told.index("\nNext\n") :]
+    assert use in steps
+    assert other not in steps
+    assert "stackwise eval" in steps
+
+
 def test_fill_ranks_tokens_for_every_gap(cli, masked):
     facts = json.loads(cli("fill", "both", "the [MASK]uick[MASK:2]", "--top", "4", "--json").out)
     assert facts["text"] == "the [MASK]uick[MASK:2]"

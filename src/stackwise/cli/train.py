@@ -50,7 +50,7 @@ def train(
     if quiet:
         print(run_dir)
     else:
-        show_results(run_dir)
+        show_results(run_dir, settings)
 
 
 def train_run(settings: StackWiseConfig, *, sinks: list[Sink] | None, again: str) -> Path:
@@ -75,8 +75,9 @@ def choose_sinks(quiet: bool, plain: bool) -> list[Sink] | None:
     return None
 
 
-def show_results(run_dir: Path) -> None:
+def show_results(run_dir: Path, settings: StackWiseConfig) -> None:
     """Where things are, and what to type next."""
+    from stackwise.config.objective_rules import writes_samples
     from stackwise.tracking.folder import RunFolder
 
     folder = RunFolder(run_dir)
@@ -84,8 +85,13 @@ def show_results(run_dir: Path) -> None:
     if folder.report.exists():
         print(f"Report  {folder.report}")
     run = shlex.quote(str(run_dir))
+    uses = {}
+    if writes_samples(settings):
+        uses["text_from_it"] = f"stackwise generate {run}"
+    elif settings.training.progressive.training_objective == "mlm":
+        uses["gaps_filled"] = f"stackwise fill {run} 'a text with a gap: [MASK]'"
     next_steps(
-        text_from_it=f"stackwise generate {run}",
+        **uses,
         measure_it=f"stackwise eval {run}",
         its_stages=f"stackwise runs show {run}",
     )
