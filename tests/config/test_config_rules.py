@@ -21,7 +21,7 @@ BROKEN = [
     (
         "model: {d_model: 100}",
         "model.n_heads",
-        "must divide model.d_model 100, got 12; allowed: 1, 2, 4, 5, 10, 20, 25, 50, 100",
+        "must divide model.d_model 100, got 12; allowed: 1, 2, 4, 5, 10, 20, 25, 50, 100; or set model.head_dim",
     ),
     ("model: {d_model: 12, n_heads: 4}", "model.d_model", "even head width"),
     (
@@ -33,6 +33,32 @@ BROKEN = [
         "training: {progressive: {building_mode: cyclic, new_stack_precision: fp8}}",
         "training.progressive.trunk_precision",
         "fp32 here overrules it",
+    ),
+    (
+        "model: {d_model: 100, n_heads: 12, head_dim: 7}",
+        "model.head_dim",
+        "is odd, and rope rotates pairs, got 7",
+    ),
+    (
+        "model: {pos_encoding: learned, rope_scaling: {type: yarn, factor: 2.0}}",
+        "model.rope_scaling",
+        "scales rotary positions, but model.pos_encoding is learned",
+    ),
+    ("model: {rope_scaling: {type: yarn}}", "model.rope_scaling", "set model.rope_scaling.factor"),
+    (
+        "model: {rope_scaling: {type: yarn, original_max_seq_len: 4096}}",
+        "model.rope_scaling.original_max_seq_len",
+        "exceeds model.max_seq_len 2048, the longest row, got 4096",
+    ),
+    (
+        "model: {rope_scaling: {type: linear, factor: 2.0, beta_fast: 8.0}}",
+        "model.rope_scaling",
+        "beta_fast has no effect on rope_scaling linear",
+    ),
+    (
+        "model: {head_dim: 4, rope_scaling: {type: longrope, factor: 2.0, short_factor: [1, 1], long_factor: [1]}}",
+        "model.rope_scaling",
+        "long_factor needs 2 numbers above 0, one per pair of a head, got 1",
     ),
     ("model: {n_kv_heads: 5}", "model.n_kv_heads", "must divide model.n_heads 12, got 5"),
     ("model: {n_kv_heads: 24}", "model.n_kv_heads", "allowed: 1, 2, 3, 4, 6, 12"),
@@ -498,6 +524,8 @@ def test_rules_and_notes_name_keys_that_exist():
 
 ALLOWED = [
     "model: {d_model: 12, n_heads: 4, pos_encoding: none}",
+    "model: {d_model: 100, n_heads: 12, head_dim: 8}",
+    "model: {max_seq_len: 4096, rope_scaling: {type: yarn, original_max_seq_len: 2048}}",
     "model: {architecture: {n_stacks: 13}}\ntraining: {progressive: {enabled: false}}",
     "model: {architecture: {n_stacks: 13}}\ntraining: {progressive: {target_stacks: 3}}",
     "model: {norm_placement: post}\ntraining: {progressive: {enabled: false, new_stack_init: zero}}",

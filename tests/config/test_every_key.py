@@ -39,7 +39,7 @@ def config_with(values: dict[str, Any]) -> StackWiseConfig:
         section = data
         for part in sections:
             section = section.setdefault(part, {})
-        section[name] = value
+        section[name] = copy.deepcopy(value)  # a map may be changed by a key inside it
     return StackWiseConfig(**data)
 
 
@@ -220,12 +220,33 @@ POINTS = {**DEPTH, "training.progressive.time_step_mask_fractions": "schedule"}
 OWN = {**DEPTH, "training.progressive.stack_time_mapping": "custom"}
 TOLD = {**MASKED, "training.progressive.time_interpretation": "input"}
 TABLE = {**TOLD, "training.progressive.time_encoding_type": "learned"}
+YARN = {"type": "yarn", "factor": 4.0}
+LONG = {"type": "longrope", "factor": 4.0, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
 ALONG = {"training.progressive.qlora_strategy": "progressive"}
 
 PROOFS: dict[str, Proof] = {
     "model.d_model": rack(96),
     "model.n_heads": rack(6),
     "model.n_kv_heads": rack(3),
+    "model.head_dim": rack(32),
+    "model.attention_bias": rack("qkv"),
+    "model.rope_scaling.type": rack("linear", {"model.rope_scaling": YARN}),
+    "model.rope_scaling.factor": rack(2.0, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.original_max_seq_len": rack(300, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.attention_factor": rack(1.5, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.beta_fast": rack(16.0, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.beta_slow": rack(2.0, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.mscale": rack(
+        0.7, {"model.rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}
+    ),
+    "model.rope_scaling.mscale_all_dim": rack(
+        0.7, {"model.rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}
+    ),
+    "model.rope_scaling.truncate": rack(False, {"model.rope_scaling": YARN}),
+    "model.rope_scaling.low_freq_factor": rack(2.0, {"model.rope_scaling": {**YARN, "type": "llama3"}}),
+    "model.rope_scaling.high_freq_factor": rack(8.0, {"model.rope_scaling": {**YARN, "type": "llama3"}}),
+    "model.rope_scaling.short_factor": rack([2.0] * 32, {"model.rope_scaling": LONG}),
+    "model.rope_scaling.long_factor": rack([2.0] * 32, {"model.rope_scaling": LONG}),
     "model.d_ff": rack(100),
     "model.vocab_size": rack(98),
     "model.max_seq_len": rack(512),

@@ -52,6 +52,9 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
     } == {
         "model.attention_custom",
         "model.stacks",
+        "model.head_dim",  # stacks may have other numbers of heads
+        "model.attention_bias",
+        "model.rope_scaling",
         "model.residual_gain",
         "objective.corruption",
         "objective.mask_token_id",

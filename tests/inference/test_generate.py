@@ -64,6 +64,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {},
     {"n_kv_heads": 1, "qk_norm": True},
     {"n_kv_heads": 2, "bias": True, "norm": "layernorm"},
+    {"n_kv_heads": 2, "head_width": 6, "attention_bias": "qkv"},
     {"use_rope": False, "norm": "layernorm", "ffn_type": "gelu", "qk_norm": True},
     {"tie_embeddings": False, "ffn_type": "relu2", "bias": True, "residual_gain": 0.5},
     {"short_conv": 3},
@@ -279,7 +280,8 @@ def test_what_the_plan_does_not_cover_runs_through_the_modules(change: Any, reas
 
 
 def test_post_norm_and_large_racks_and_autocast_are_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "after its sub-layers" in (plan.uncovered(rack_of(norm_placement="post")) or "")
+    for placement in ("post", "both"):
+        assert "after its sub-layers" in (plan.uncovered(rack_of(norm_placement=placement)) or "")
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in (plan.uncovered(rack_of()) or "")
     rack = rack_of()

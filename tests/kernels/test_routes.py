@@ -39,7 +39,7 @@ def wide(*shape: int) -> Tensor:
         (lambda h, w: linear_cross_entropy(h, w, LABELS), [(5, 4), (7, 4)]),
         (lambda h, w: linear_cross_entropy(h, w, LABELS, rows_per_chunk=2), [(5, 4), (7, 4)]),
         (lambda q, k, v: _BlockedAttention.apply(q, k, v, None, True), [(1, 4, 5, 2), (1, 2, 5, 2), (1, 2, 5, 2)]),
-        (lambda x: rotate(x, rotary_table(4, 100.0, 8, torch.device("cpu"), True)[2:5]), [(2, 3, 2, 4)]),
+        (lambda x: rotate(x, rotary_table((1.0, 0.1), 1.0, 8, torch.device("cpu"), True)[2:5]), [(2, 3, 2, 4)]),
     ],
     ids=["norm", "norm-strided", "conv", "linear", "loss", "loss-chunked", "attention", "rotation"],
 )  # fmt: skip

@@ -177,7 +177,7 @@ def test_a_feed_forward_of_ones_own_takes_five_lines():
         ("relu2", lambda g, u: u.clamp_min(0) ** 2),
     ],
 )
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", ["pre", "post", "both"])
 def test_blocks_equal_their_formula(ffn_type, formula, placement):
     block = Block(
         d_model=32, n_heads=4, ffn_type=ffn_type, norm_placement=placement, residual_gain=0.5, bias=True
@@ -205,6 +205,9 @@ def test_blocks_equal_their_formula(ffn_type, formula, placement):
     if placement == "pre":
         y = x + 0.5 * attend(norm(block.attn_norm, x))
         expected = y + 0.5 * feed(norm(block.ffn_norm, y))
+    elif placement == "both":
+        y = x + 0.5 * norm(block.attn_out_norm, attend(norm(block.attn_norm, x)))
+        expected = y + 0.5 * norm(block.ffn_out_norm, feed(norm(block.ffn_norm, y)))
     else:
         y = norm(block.attn_norm, x + 0.5 * attend(x))
         expected = norm(block.ffn_norm, y + 0.5 * feed(y))

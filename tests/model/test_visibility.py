@@ -7,6 +7,7 @@ import torch
 
 from stackwise import create_simple_rack
 from stackwise.kernels.rotary import rotary_table, rotate, rotate_reference
+from stackwise.model.rope_scaling import frequencies
 
 VOCAB = 61
 
@@ -30,6 +31,8 @@ VARIANTS = [
     {"n_kv_heads": 1, "qk_norm": True},
     {"use_rope": False},
     {"short_conv": 3},
+    {"head_width": 12, "attention_bias": "qkv", "n_kv_heads": 2},
+    {"norm_placement": "both", "attention_bias": "all"},
     {"norm_placement": "post", "norm": "layernorm", "bias": True, "ffn_type": "gelu"},
 ]
 
@@ -102,7 +105,7 @@ def test_a_row_that_sees_nothing_gets_nothing_from_attention(preset):
     assert not (seen[0][1, 3:] == 0).all()
 
 
-@pytest.mark.parametrize("options", VARIANTS[:5])
+@pytest.mark.parametrize("options", VARIANTS[:7])
 def test_the_cache_gives_the_logits_of_the_full_pass(options):
     rack, ids = make(**options), random_ids(2, 20)
     with torch.no_grad():
@@ -124,7 +127,7 @@ def test_only_distances_matter_to_rotary_positions():
 
 def test_rotation_equals_sines_and_cosines():
     x = torch.randn(2, 11, 3, 8, dtype=torch.float64)
-    table = rotary_table(8, 500.0, 64, torch.device("cpu"), True)
+    table = rotary_table(frequencies(8, 500.0), 1.0, 64, torch.device("cpu"), True)
     torch.testing.assert_close(
         rotate(x, table[5:16]), rotate_reference(x, torch.arange(5, 16), 500.0), atol=1e-12, rtol=0
     )

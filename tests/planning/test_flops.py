@@ -76,6 +76,8 @@ def test_flops_of_a_step_are_those_of_its_products(units, remat, monkeypatch):
     [
         {"ffn_type": "gelu"},
         {"norm_placement": "post"},
+        {"norm_placement": "both", "attention_bias": "qkv"},
+        {"head_width": 6},
         {"freeze_up_proj": True},
         {"n_kv_heads": 1, "qk_norm": True, "bias": True},
     ],

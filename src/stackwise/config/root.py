@@ -13,6 +13,7 @@ from stackwise.config import (  # they add their rules
     adapter_rules,  # noqa: F401
     generation_rules,  # noqa: F401
     growth_rules,  # noqa: F401
+    model_rules,  # noqa: F401
     objective_rules,  # noqa: F401
     optimizer_rules,  # noqa: F401
     precision_rules,  # noqa: F401

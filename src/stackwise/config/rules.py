@@ -96,19 +96,28 @@ def uses_rope(config: StackWiseConfig) -> bool:
     return config.model.positions == "rope"
 
 
-@rule("model.n_heads", "model.d_model")
+@rule("model.n_heads", "model.d_model", "model.head_dim")
 def heads_divide_the_width(config: StackWiseConfig) -> Problem | None:
     model = config.model
-    if model.d_model % model.n_heads == 0:
+    if model.head_dim is not None or model.d_model % model.n_heads == 0:
         return None
     return Problem(
-        "model.n_heads", f"must divide model.d_model {model.d_model}", model.n_heads, _divisors(model.d_model)
+        "model.n_heads",
+        f"must divide model.d_model {model.d_model}",
+        model.n_heads,
+        _divisors(model.d_model),
+        "or set model.head_dim",
     )
 
 
-@rule("model.d_model", "model.n_heads", "model.pos_encoding", "model.use_rope")
+@rule("model.d_model", "model.n_heads", "model.head_dim", "model.pos_encoding", "model.use_rope")
 def head_width_is_even_under_rope(config: StackWiseConfig) -> Problem | None:
     model = config.model
+    if model.head_dim is not None:
+        if not uses_rope(config) or model.head_dim % 2 == 0:
+            return None
+        message = "is odd, and rope rotates pairs"
+        return Problem("model.head_dim", message, model.head_dim, hint="or choose another model.pos_encoding")
     width, rest = divmod(model.d_model, model.n_heads)
     if not uses_rope(config) or rest or width % 2 == 0:
         return None

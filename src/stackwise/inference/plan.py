@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stackwise.kernels.packed_linear import packed_linear
-from stackwise.kernels.rotary import rotary_table
 from stackwise.model.attention.mha import Attention
+from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block import Block, Stack
+from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import KeyValueCache, RackCache
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
@@ -68,8 +69,9 @@ def uncovered(rack: Rack) -> str | None:
             return f"{name or 'the rack'} has a forward hook"
         if getattr(module, "rounding", None) is not None:
             return f"{name} rounds its matrix"
-    if not all(block.pre for block in rack.blocks()):
-        return "a block normalises after its sub-layers"
+    for block in rack.blocks():
+        if why := _uncovered_block(block.spec):
+            return why
     if rack.span != (0, None):
         return "only some of its blocks run"
     if rack.runner not in (run_block, recompute_block):
@@ -83,6 +85,15 @@ def uncovered(rack: Rack) -> str | None:
         return "autocast is on"
     if sum(tensor.nbytes for tensor in rack.parameters()) > COPY_LIMIT:
         return f"the weights have more than {COPY_LIMIT:,} bytes"
+    return None
+
+
+def _uncovered_block(block: BlockSpec) -> str | None:
+    """Why a plan cannot run a block; null when it can."""
+    if block.norm_placement != "pre":
+        return "a block normalises after its sub-layers"
+    if block.rope_scaling is not None and block.rope_scaling.depends_on_length:
+        return f"its positions are scaled by length ({block.rope_scaling.type})"
     return None
 
 
@@ -110,20 +121,20 @@ class DecodePlan:
         self.first = self.length = cache.length
         self.padding = padding
         self.added = None if rack.positions is None else rack.positions(position_ids).unbind(1)
-        kinds = {(block.rope_theta, block.head_dim) for block in self.blocks}
-        self.turns = {kind: self._turns(*kind, position_ids) for kind in kinds}
+        by_kind = {block.rotation: block.rotary for block in self.blocks}
+        self.turns = {kind: self._turns(rotary, position_ids) for kind, rotary in by_kind.items()}
         self.limit = self.length + position_ids.shape[1]
         self.held = [_Held(held, self.limit) for held in cache.blocks if isinstance(held, KeyValueCache)]
         self.capacity = self.length
         self._grow()
 
-    def _turns(self, theta: float | None, head_dim: int, position_ids: Tensor) -> Sequence[Tensor | None]:
+    def _turns(self, rotary: Rotary | None, position_ids: Tensor) -> Sequence[Tensor | None]:
         """Rotation factors of each step to come, [B or 1, 1, H/2]; null without rotation."""
-        if theta is None:
+        if rotary is None:
             return [None] * position_ids.shape[1]
         weight = self.rack.embedding.weight
         wide = weight.dtype == torch.float64
-        table = rotary_table(head_dim, theta, self.rack.spec.max_seq_len, weight.device, wide)
+        table = rotary.table(self.rack.spec.max_seq_len, weight.device, wide)
         return table[position_ids].unsqueeze(2).unbind(1)
 
     def _grow(self) -> None:
@@ -155,7 +166,7 @@ class DecodePlan:
         if self.added is not None:
             x_BD += self.added[step]
         for block, held in zip(self.blocks, self.held, strict=True):
-            turn = self.turns[block.rope_theta, block.head_dim][step]
+            turn = self.turns[block.rotation][step]
             block(x_BD, held, at, turn, self.bias[block.heads[1]])
         self.length = at + 1
         return self.head(self.normalise(x_BD))
@@ -228,7 +239,8 @@ class _BlockPlan:
 
     def __init__(self, block: Block, rows: int) -> None:
         spec, attn, ffn = block.spec, block.attn, block.ffn
-        self.rows, self.head_dim, self.rope_theta = rows, spec.head_dim, attn.rope_theta
+        self.rows, self.head_dim, self.rotary = rows, spec.head_dim, attn.rotary
+        self.rotation = (spec.rope_theta, spec.head_dim, spec.rope_scaling)
         self.heads = (spec.n_heads, spec.n_kv_heads)
         self.kv_rows, self.group = rows * spec.n_kv_heads, spec.n_heads // spec.n_kv_heads
         scale = spec.head_dim**-0.5  # of the scores, folded into the queries

@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) as one complex product.
 
-Pair i of a head, numbers (2i, 2i + 1), is turned at position m by the angle m * theta^(-2i/H). Adjacent pairs are one
+Pair i of a head, numbers (2i, 2i + 1), is turned at position m by the angle m * theta^(-2i/H), or another one where
+positions are scaled (`model.rope_scaling`). Adjacent pairs are one
 complex number each, so the rotation is a single multiplication; models whose pairs are (i, i + H/2) differ only by a
 permutation of the rows of the query and key projections, which import and export apply.
 """
@@ -14,12 +15,14 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=32)
-def rotary_table(head_dim: int, theta: float, length: int, device: torch.device, wide: bool) -> Tensor:
-    """Complex factors e^(i m theta_j): [length, head_dim / 2], complex64 (complex128 when `wide`)."""
+def rotary_table(
+    frequencies: tuple[float, ...], magnitude: float, length: int, device: torch.device, wide: bool
+) -> Tensor:
+    """Complex factors r e^(i m w_j) of angles w per position: [length, pairs], complex64 (complex128 when `wide`)."""
     with torch.inference_mode(False):  # the table outlives the call; a training step may need it later
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), theta ** (-pairs / head_dim))
-        table = torch.polar(torch.ones_like(angles), angles)
+        positions = torch.arange(length, dtype=torch.float64)
+        angles = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float64))
+        table = torch.polar(torch.full_like(angles, magnitude), angles)
         return table.to(torch.complex128 if wide else torch.complex64).to(device)
 
 

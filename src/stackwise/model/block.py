@@ -35,6 +35,8 @@ class Block(PlainNames):
     With `short_conv`, a short convolution runs over the input of both.
 
     pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
+    both: x + g N'(Attn(N x)), then x + g N'(FFN(N x)), with four norms.
+
     Where the rack is told the time that way, a scale and a shift follow each N (see `model.time`).
     Built from the keyword arguments of `BlockSpec`, or from a `spec`. Bad values are ValueErrors, unknown
     arguments TypeErrors with the nearest spelling.
@@ -60,19 +62,22 @@ class Block(PlainNames):
         self.ffn_conv = (
             ShortConv(spec.d_model, spec.short_conv, "ffn", not spec.causal) if spec.short_conv else None
         )
+        both = spec.norm_placement == "both"
+        self.attn_out_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias) if both else None
+        self.ffn_out_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias) if both else None
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
-        self.gain, self.pre = spec.residual_gain, spec.norm_placement == "pre"
+        self.gain, self.post = spec.residual_gain, spec.norm_placement == "post"
         self.requires_grad_(True)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
         attn_norm, ffn_norm = (
             (self.attn_norm, self.ffn_norm) if context.time is None else self._told(context.time)
         )
-        if self.pre:
-            x_BTD = self._add(x_BTD, self._attend(attn_norm(x_BTD), context, cache))
-            return self._add(x_BTD, self._feed(ffn_norm(x_BTD), context, cache))
-        x_BTD = attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
-        return ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+        if self.post:
+            x_BTD = attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
+            return ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+        x_BTD = self._add(x_BTD, self._attend(attn_norm(x_BTD), context, cache), self.attn_out_norm)
+        return self._add(x_BTD, self._feed(ffn_norm(x_BTD), context, cache), self.ffn_out_norm)
 
     def _told(self, time: Condition) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """Both norms with the scale and shift of the time behind them."""
@@ -94,7 +99,9 @@ class Block(PlainNames):
             x_BTD = self.ffn_conv(x_BTD, context.visibility, cache)
         return self.ffn(x_BTD)
 
-    def _add(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+    def _add(self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if norm is not None:
+            branch_BTD = norm(branch_BTD)
         if self.dropout is not None:
             branch_BTD = self.dropout(branch_BTD)
         return x_BTD + (branch_BTD if self.gain == 1.0 else self.gain * branch_BTD)

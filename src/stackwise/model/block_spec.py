@@ -8,12 +8,21 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
+from stackwise.model.rope_scaling import RopeScaling
 from stackwise.model.settings import FFN_TYPES, default_d_ff
+
+NORM_PLACEMENTS = ("pre", "post", "both")
+NESTED: dict[str, Any] = {"rope_scaling": RopeScaling}
+"""Fields of a block's description that are descriptions of their own."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One transformer layer. `rope_theta` null = no rotation; `n_kv_heads` 0 and `d_ff` 0 take the defaults."""
+    """One transformer layer. `rope_theta` null = no rotation; `n_kv_heads` 0 and `d_ff` 0 take the defaults.
+
+    `head_width` 0: `d_model` / `n_heads`. `attention_bias` (none, qkv, all): which linears of attention have a bias;
+    empty: all or none, as `bias` says.
+    """
 
     d_model: int
     n_heads: int
@@ -33,6 +42,9 @@ class BlockSpec:
     residual_gain: float = 1.0
     zero_init_outputs: bool = False
     short_conv: int = 0
+    head_width: int = 0
+    attention_bias: str = ""
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:
@@ -56,8 +68,12 @@ class BlockSpec:
                 found.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if found:
             return found
-        if self.d_model % self.n_heads:
-            found.append(f"n_heads must divide d_model: {self.d_model} is no multiple of {self.n_heads}")
+        if self.head_width < 0:
+            found.append(f"head_width must not be negative, got {self.head_width}")
+        elif not self.head_width and self.d_model % self.n_heads:
+            found.append(
+                f"n_heads must divide d_model: {self.d_model} is no multiple of {self.n_heads}; or give head_width"
+            )
         elif self.rope_theta is not None and self.head_dim % 2:
             found.append(f"rotary positions need an even head width, got {self.head_dim}")
         if self.n_kv_heads > self.n_heads or self.n_heads % self.n_kv_heads:
@@ -70,23 +86,57 @@ class BlockSpec:
             found.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.residual_gain <= 1:
             found.append(f"residual_gain must be in [0, 1], got {self.residual_gain}")
-        if self.norm_placement not in ("pre", "post"):
-            found.append(f"norm_placement must be pre or post, got {self.norm_placement!r}")
+        if self.norm_placement not in NORM_PLACEMENTS:
+            known = ", ".join(NORM_PLACEMENTS)
+            found.append(f"norm_placement must be one of {known}, got {self.norm_placement!r}")
+        if self.attention_bias not in ("", "none", "qkv", "all"):
+            found.append(f"attention_bias must be none, qkv or all, got {self.attention_bias!r}")
+        if self.rope_scaling is not None:
+            if self.rope_theta is None:
+                found.append("rope_scaling without rope_theta: there is no rotation to scale")
+            else:
+                found += self.rope_scaling.problems_of(self.rope_width)
         if self.freeze_up_proj and not FFN_TYPES.get(self.ffn_type, True):
             found.append(f"freeze_up_proj needs a gated feed-forward (such as swiglu), got {self.ffn_type}")
         return found
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_width or self.d_model // self.n_heads
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def rope_width(self) -> int:
+        """Rotated numbers of a head."""
+        return self.head_dim
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return self.attention_bias in ("qkv", "all") if self.attention_bias else self.bias
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the projection out of attention has a bias."""
+        return self.attention_bias == "all" if self.attention_bias else self.bias
 
     @classmethod
     def create(cls, options: Mapping[str, Any]) -> BlockSpec:
-        """From keyword arguments; an unknown one is a TypeError with the nearest spelling."""
+        """From keyword arguments, nested parts as themselves or as maps; an unknown one is a TypeError with the nearest
+        spelling."""
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise TypeError(f"unknown block option {name!r}{hint}")
-        return cls(**options)
+        parts = {
+            name: kind(**options[name])
+            for name, kind in NESTED.items()
+            if isinstance(options.get(name), Mapping)
+        }
+        return cls(**{**options, **parts})

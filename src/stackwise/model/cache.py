@@ -52,10 +52,10 @@ class KeyValueCache(BlockCache):
 
 
 class RackCache:
-    """The caches of all blocks of a rack, in forward order."""
+    """The caches of all blocks of a rack, in forward order, made for up to `capacity` tokens (null: nobody said)."""
 
-    def __init__(self, blocks: list[BlockCache]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[BlockCache], capacity: int | None = None) -> None:
+        self.blocks, self.capacity = blocks, capacity
 
     @property
     def length(self) -> int:

@@ -52,6 +52,9 @@ def block_spec(model: ModelSettings) -> BlockSpec:
         residual_gain=1.0 if model.residual_gain is None else model.residual_gain,
         zero_init_outputs=model.zero_init_outputs,
         short_conv=model.short_conv,
+        head_width=model.head_dim or 0,
+        attention_bias=model.attention_bias or "",
+        rope_scaling=model.scaled_rope,
         **_options(model),
     )
 

@@ -28,10 +28,10 @@ def block_matrices(spec: BlockSpec) -> dict[str, tuple[int, int]]:
     """Name -> (outputs, inputs) of the matrices of a block, in the order in which they are used."""
     kv_width, width, wide = spec.n_kv_heads * spec.head_dim, spec.d_model, spec.d_ff
     matrices = {
-        "attn.q": (width, width),
+        "attn.q": (spec.query_width, width),
         "attn.k": (kv_width, width),
         "attn.v": (kv_width, width),
-        "attn.o": (width, width),
+        "attn.o": (width, spec.query_width),
     }
     if FFN_TYPES.get(spec.ffn_type, False):
         matrices["ffn.gate"] = (wide, width)
@@ -46,7 +46,7 @@ def block_matrix_parameters(spec: BlockSpec) -> int:
 def attention_flops(spec: BlockSpec, seq_len: int) -> float:
     """FLOP per token of the two products of attention, forward, over rows of `seq_len` tokens."""
     seen = (seq_len + 1) / 2 if spec.causal else seq_len
-    return 4.0 * seen * spec.d_model
+    return 4.0 * seen * spec.query_width
 
 
 def block_forward_flops(spec: BlockSpec, seq_len: int) -> float:
@@ -156,7 +156,7 @@ def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, b
     block, trains = work.spec, work.trains
     matrices, attention = block_matrices(block), attention_flops(block, seq_len)
     # A norm or a short convolution that trains in front of a layer needs the gradient of the layer's input.
-    own_front = trains and (block.norm_placement == "pre" or bool(block.short_conv))
+    own_front = trains and (block.norm_placement != "post" or bool(block.short_conv))
     into_attention = flows or own_front
     forward, backward = attention, 0.0
     reached = dict.fromkeys(ATTENTION_INPUTS, into_attention)

@@ -328,17 +328,15 @@ class Rack(PlainNames):
         past = cache.length if cache is not None else 0
         n_new, limit = input_ids.shape[1], self.spec.max_seq_len
         if past + n_new > limit:
-            raise ValueError(
-                f"{past + n_new} tokens are more than max_seq_len = {limit}; shorten the input or build the model "
-                f"with model.max_seq_len={past + n_new}"
-            )
+            raise ValueError(self.spec.too_long(past + n_new))
         if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], past + n_new):
             raise ValueError(
                 f"attention_mask must be [{input_ids.shape[0]}, {past + n_new}], got {list(attention_mask.shape)}"
             )
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and a cache cannot be combined: generate each document by itself")
-        visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device)
+        capacity = None if cache is None else cache.capacity
+        visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device, capacity)
         return Context(visibility, position_ids, limit, self._told(time_step, input_ids.shape[0]))
 
     def _told(self, time_step: Tensor | None, n_rows: int) -> Condition | None:
@@ -378,7 +376,8 @@ class Rack(PlainNames):
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> RackCache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         kind = dtype or self.dtype
-        return RackCache([block.make_cache(batch, capacity, kind, self.device) for block in self.blocks()])
+        blocks = [block.make_cache(batch, capacity, kind, self.device) for block in self.blocks()]
+        return RackCache(blocks, capacity)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """Continue token ids [B, T]; see `stackwise.inference.generate.generate` for the options."""

@@ -17,6 +17,8 @@ from stackwise.config.types import (
     UnitFloat,
 )
 from stackwise.model.attention_settings import AttentionFields, Preset
+from stackwise.model.position_settings import RopeScalingSettings
+from stackwise.model.rope_scaling import RopeScaling
 
 # The names a key accepts. They are open: `model/` adds a name here when a part is registered.
 NORMS = ["rmsnorm", "layernorm"]
@@ -90,7 +92,9 @@ class ModelSettings(Settings):
     d_model: PositiveInt = 768
     """Width of the residual stream."""
     n_heads: PositiveInt = 12
-    """Query heads; must divide `d_model`."""
+    """Query heads; must divide `d_model` unless `head_dim` is set."""
+    head_dim: PositiveInt | None = None
+    """Numbers per head of queries, keys and values. null: `d_model` / `n_heads`."""
     n_kv_heads: PositiveInt | None = None
     """Key and value heads, a divisor of `n_heads`: 1 is multi-query, fewer than `n_heads` grouped-query. null: the preset's choice."""
     d_ff: PositiveInt | None = None
@@ -98,7 +102,7 @@ class ModelSettings(Settings):
     vocab_size: Annotated[Int, Ge(2)] | None = None
     """Tokens in the vocabulary. null: the tokenizer's size."""
     max_seq_len: PositiveInt = 2048
-    """Longest row of tokens: size of the position table and trained length of RoPE."""
+    """Longest row of tokens, and the trained length of rotary positions unless `rope_scaling` names another."""
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
     """Shape of the stack of blocks."""
     stacks: Annotated[list[StackShape], MinLen(1)] | None = None
@@ -113,14 +117,16 @@ class ModelSettings(Settings):
     """Normalise queries and keys per head before their product, which keeps large learning rates stable."""
     norm: Annotated[str, OneOf(NORMS)] = "rmsnorm"
     """Normalisation of the residual stream."""
-    norm_placement: Literal["pre", "post"] = "pre"
-    """Normalise the input of each sub-layer (pre) or the sum after it (post)."""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Normalise the input of each sub-layer (pre), the sum after it (post), or its input and its output (both)."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance inside the norms."""
     ffn_type: Annotated[str, OneOf(FFN_TYPES)] = "swiglu"
     """Feed-forward: gated (swiglu, geglu) or an activation between two linears."""
     bias: Flag = False
-    """Give every linear of the blocks a bias."""
+    """Give every linear of the blocks a bias, and layernorm a shift."""
+    attention_bias: Literal["none", "qkv", "all"] | None = None
+    """Which linears of the attention have a bias: qkv are those to queries, keys and values. null: all or none, as `bias` says."""
     freeze_up_proj: Flag = False
     """Keep the up projections of gated feed-forwards at their random start: never trained, never decayed."""
     dropout: BelowOne = 0.0
@@ -131,6 +137,8 @@ class ModelSettings(Settings):
     """Rotary positions; short for `pos_encoding: rope`, and follows `pos_encoding` where only that is set."""
     rope_theta: PositiveFloat = 1e4
     """Base of the rotation angles; larger for longer contexts."""
+    rope_scaling: RopeScalingSettings | None = None
+    """Stretches rotary positions to rows longer than those of training; `max_seq_len` is then the length to reach."""
     embedding_norm: Flag = False
     """Bring every embedded token to unit rms, without a weight of its own, before positions are added."""
     tie_embeddings: Flag | None = None
@@ -168,6 +176,18 @@ class ModelSettings(Settings):
     def ffn_width(self) -> int:
         """`d_ff`, or its default."""
         return self.d_ff if self.d_ff is not None else default_d_ff(self.d_model, self.ffn_type)
+
+    @property
+    def scaled_rope(self) -> RopeScaling | None:
+        """`rope_scaling` with factor and trained length filled in; wrong fields are ValueErrors."""
+        keys = self.rope_scaling
+        if keys is None:
+            return None
+        factor, trained = keys.factor, keys.original_max_seq_len
+        if factor is None:
+            factor = self.max_seq_len / trained if trained else 1.0
+        trained = trained or round(self.max_seq_len / factor)
+        return RopeScaling(**{**keys.model_dump(), "factor": factor, "original_max_seq_len": trained})
 
     @property
     def attention(self) -> dict[str, Any]:

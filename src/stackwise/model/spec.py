@@ -162,6 +162,18 @@ class RackSpec:
     def is_causal(self) -> bool:
         return all(block.causal for block in self.blocks)
 
+    def too_long(self, n_tokens: int) -> str:
+        """Why a row of so many tokens is refused, and the way out."""
+        message = f"{n_tokens} tokens are more than max_seq_len = {self.max_seq_len}; shorten the input, or build the "
+        message += f"model with model.max_seq_len={n_tokens}"
+        if self.positions == "rope" and all(block.rope_scaling is None for block in self.blocks):
+            factor = -(-n_tokens // self.max_seq_len)
+            message += (
+                f". A model trained at {self.max_seq_len} tokens also needs its rotary positions scaled, such as by "
+                f"model.rope_scaling={{type: yarn, factor: {factor}, original_max_seq_len: {self.max_seq_len}}}"
+            )
+        return message
+
     def with_stacks(self, stacks: Sequence[StackSpec]) -> RackSpec:
         return replace(self, stacks=tuple(stacks))
 

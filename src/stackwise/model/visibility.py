@@ -28,7 +28,8 @@ class Visibility:
     """Masks of one forward pass.
 
     attention_mask [B, S] (True or 1 = real token; S counts cached tokens too), document_ids [B, T]. `past` is the
-    number of cached tokens before the T new ones; documents and a cache are not combined.
+    number of cached tokens before the T new ones, `capacity` the number that the cache was made for; documents and a
+    cache are not combined.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Visibility:
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         device: torch.device | None = None,
+        capacity: int | None = None,
     ) -> None:
-        self.n_new, self.past, self.device = n_new, past, device
+        self.n_new, self.past, self.device, self.capacity = n_new, past, device, capacity
         self.padding = None if attention_mask is None else attention_mask.bool()
         self.documents = document_ids
         self._made: dict[bool, Mask] = {}
@@ -59,6 +61,26 @@ class Visibility:
             same[:, lag:] = self.documents[:, lag:] == self.documents[:, :-lag]
             self._same.append(same.unsqueeze(-1))
         return self._same[: width - 1]
+
+    def lengths(self, positions_BT: Tensor) -> Tensor:
+        """Tokens in the sequence that each token belongs to, its document or the real part of its row: [B or 1, T or 1].
+
+        A sequence is as long as the last of its positions says. With a cache that is the length it was made for, as no
+        one knows the end of a text that is still written.
+        """
+        if self.capacity is not None:
+            whole = torch.full((1, 1), self.capacity, device=positions_BT.device)
+            return whole if self.padding is None else whole - (~self.padding).sum(1, keepdim=True)
+        ends = positions_BT
+        if self.padding is not None:
+            ends = ends.masked_fill(~self.padding, 0)
+        if self.documents is None:
+            return ends.amax(dim=1, keepdim=True) + 1
+        ends = ends.expand(self.documents.shape)
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        first = same.byte().argmax(dim=-1)  # where the token's document begins
+        last = torch.zeros_like(ends).scatter_reduce(1, first, ends, "amax")
+        return last.gather(1, first) + 1
 
     def _make(self, causal: bool) -> Mask:
         if self.padding is None and self.documents is None:

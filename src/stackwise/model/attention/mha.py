@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stackwise.kernels.rotary import rotary_table, rotate
+from stackwise.kernels.rotary import rotate
 from stackwise.model.attention.core import attend
+from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache, KeyValueCache
 from stackwise.model.linear import Linear
@@ -33,14 +34,14 @@ class Attention(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         kv_width = spec.n_kv_heads * spec.head_dim
-        self.q = Linear(spec.d_model, spec.d_model, bias=spec.bias)
-        self.k = Linear(spec.d_model, kv_width, bias=spec.bias)
-        self.v = Linear(spec.d_model, kv_width, bias=spec.bias)
-        self.o = Linear(spec.d_model, spec.d_model, bias=spec.bias)
+        self.q = Linear(spec.d_model, spec.query_width, bias=spec.qkv_bias)
+        self.k = Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
+        self.v = Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
+        self.o = Linear(spec.query_width, spec.d_model, bias=spec.out_bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.n_kv_heads, self.head_dim, self.causal = spec.n_kv_heads, spec.head_dim, spec.causal
-        self.rope_theta, self.dropout = spec.rope_theta, spec.dropout
+        self.rotary, self.dropout = Rotary.of(spec, spec.head_dim), spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
         heads = (-1, self.head_dim)
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         v = self.v(x_BTD).unflatten(-1, heads).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope_theta is not None:
-            factors = self._factors(context, x_BTD)
+        if self.rotary is not None:
+            factors = self.rotary.factors(context, x_BTD)
             q, k = rotate(q, factors), rotate(k, factors)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if cache is not None:
@@ -63,13 +64,3 @@ class Attention(nn.Module):
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
         """Room for the keys and values of `capacity` tokens."""
         return KeyValueCache(batch, self.n_kv_heads, capacity, self.head_dim, dtype, device)
-
-    def _factors(self, context: Context, x_BTD: Tensor) -> Tensor:
-        """Rotation factors of the positions of this pass: [T, H/2], or [B, T, H/2] with position ids."""
-        assert self.rope_theta is not None
-        wide = x_BTD.dtype == torch.float64
-        table = rotary_table(self.head_dim, self.rope_theta, context.max_seq_len, x_BTD.device, wide)
-        if context.position_ids is not None:
-            return table[context.position_ids]
-        past = context.visibility.past
-        return table[past : past + x_BTD.shape[1]]
