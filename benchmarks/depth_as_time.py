@@ -58,9 +58,10 @@ from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.loop import Engine, Hooks
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSION = 1
+VERSION = 2
 LENGTH = 64
 BLOCKS = 3
+BATCH = 64
 PASSES = 4
 Keys = dict[str, Any]
 
@@ -78,17 +79,17 @@ class Scale:
     width: int = 16
 
 
-FULL = Scale("full", seeds=(1, 2, 3), steps=9000)
-QUICK = Scale("quick", seeds=(1,), steps=900)
+FULL = Scale("full", seeds=(1, 2, 3), steps=4500)
+QUICK = Scale("quick", seeds=(1,), steps=450)
 
 
 @dataclass(frozen=True)
 class Variant:
     """How a budget is spent. `warm`: share of it that one stack trains on all noise before it is copied.
 
-    `io` false: after the warm start embedding, final norm and head rest, and all stacks share them. `split`: intervals
-    (equal), random (shares of noise at random), uneven (half of what is left for the lightest interval). `each`: for
-    every number of stacks; `once`: for one seed.
+    `io` false: after the warm start embedding, final norm and head rest, and all stacks share them. `split`: intervals,
+    or random (shares of noise at random). `lean`: an interval gets what is left in proportion to (hidden share)^-lean.
+    `weight`: how rows count after the warm start. `each`: for every number of stacks; `once`: for one seed.
     """
 
     name: str
@@ -96,52 +97,66 @@ class Variant:
     kind: str = "independent"
     warm: float = 0.0
     io: bool = True
-    split: str = "equal"
+    split: str = "intervals"
     overlap: float = 0.05
+    lean: float = 0.5
+    weight: str = "uniform"
     each: bool = False
     once: bool = False
 
 
-WARM = 0.6
+WARM = 0.7
 VARIANTS = [
-    Variant("end to end", "all stacks as one model, all noise", "whole", each=True),
-    Variant("control: one stack", "a model of one stack, all noise, the whole budget", "control"),
+    Variant("end to end", "all stacks as one model, all noise", "whole", weight="nelbo", each=True),
     Variant(
-        "independent, warm",
-        f"one stack on all noise for {WARM:.0%} of the budget, then a copy of it for every interval",
+        "control: one stack", "a model of one stack, all noise, the whole budget", "control", weight="nelbo"
+    ),
+    Variant(
+        "independent",
+        f"one stack on all noise for {WARM:.0%} of the budget, then a copy of it for every interval, widened by 5 % on "
+        "both sides; the learning rate falls from where the warm start left it to zero. Lighter noise gets more of the "
+        "rest, as the inverse root of its mean hidden share, and every hidden character counts the same",
         warm=WARM,
         each=True,
     ),
     Variant(
-        "independent, warm, uneven",
-        "half of what the warm start leaves goes to the lightest interval, where few characters are hidden and teach; "
-        "intervals widened by 25 % instead of 5 %",
+        "control: random partition",
+        "as independent, but every stack owns random shares of noise, and all get the same budget",
         warm=WARM,
-        split="uneven",
-        overlap=0.25,
-        each=True,
+        split="random",
+        lean=0.0,
     ),
-    Variant("independent, cold", "each stack on its interval from its own random start"),
     Variant(
-        "independent, warm, shared ends",
+        "independent, shared ends",
         "embedding, final norm and head rest after the warm start",
         warm=WARM,
         io=False,
     ),
     Variant(
-        "control: random partition",
-        "as warm, but every stack owns random shares of noise",
-        warm=WARM,
-        split="random",
-    ),
-    Variant(
         "right to left",
         "prepend: each new stack on its interval, through the frozen ones behind it",
         "prepend",
+        weight="nelbo",
     ),
-    Variant("independent, longer warm", "the warm start takes 80 % of the budget", warm=0.8, once=True),
-    Variant("independent, shorter warm", "the warm start takes 40 % of the budget", warm=0.4, once=True),
-    Variant("independent, warm, wide", "intervals widened by 25 %", warm=WARM, overlap=0.25, once=True),
+    Variant(
+        "independent, even",
+        "every interval gets as much of the rest, and every row counts the same, as in the bound",
+        warm=WARM,
+        lean=0.0,
+        weight="nelbo",
+        once=True,
+    ),
+    Variant("independent, wide", "intervals widened by 25 %", warm=WARM, overlap=0.25, once=True),
+    Variant("independent, longer warm", "the warm start takes 85 % of the budget", warm=0.85, once=True),
+    Variant("independent, shorter warm", "the warm start takes 50 % of the budget", warm=0.5, once=True),
+    Variant("independent, cold", "each stack on its interval from its own random start", once=True),
+    Variant(
+        "control: one stack, characters alike",
+        "the one-stack control with every hidden character counted the same",
+        "control",
+        weight="uniform",
+        once=True,
+    ),
 ]
 
 
@@ -167,10 +182,10 @@ class Job:
 
 
 def jobs_of(scale: Scale, text: Path) -> list[Job]:
-    """All runs. First what the verdicts need, from the middle number of stacks on."""
+    """All runs, seed by seed, from the middle number of stacks on."""
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     wanted = [
-        (not (variant.each or variant.kind == "control"), seed, n != scale.middle, n, index)
+        (seed, n != scale.middle, n, index)
         for seed in scale.seeds
         for n in scale.stacks
         for index, variant in enumerate(VARIANTS)
@@ -178,14 +193,14 @@ def jobs_of(scale: Scale, text: Path) -> list[Job]:
     ]
     return [
         Job(VARIANTS[index].name, n, seed, scale.steps, scale.width, str(text), digest)
-        for _, seed, _, n, index in sorted(wanted)
+        for seed, _, n, index in sorted(wanted)
     ]
 
 
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def keys_of(job: Job, stacks: int, steps: int) -> Keys:
+def keys_of(job: Job, stacks: int, steps: int, weight: str = "nelbo") -> Keys:
     """A model of `stacks` stacks, as the preset diffusion-char but narrower."""
     return {
         "model.d_model": job.width,
@@ -203,7 +218,7 @@ def keys_of(job: Job, stacks: int, steps: int) -> Keys:
         "model.tie_embeddings": False,
         "model.zero_init_outputs": True,
         "training.seq_len": LENGTH,
-        "training.batch_size": 16,
+        "training.batch_size": BATCH,
         "training.max_steps": steps,
         "training.lr_schedule": "linear",
         "training.min_lr_ratio": 0.0,
@@ -217,6 +232,7 @@ def keys_of(job: Job, stacks: int, steps: int) -> Keys:
         "training.optimizer.weight_decay": 0.03,
         "training.progressive.enabled": False,
         "training.progressive.training_objective": "diffusion",
+        "objective.weight": weight,
         "data.source": "text",
         "data.path": job.text,
         "data.tokenizer": "char",
@@ -254,6 +270,12 @@ class Meter:
     def __init__(self) -> None:
         self.flops = self.tokens = self.seconds = 0.0
         self.bytes: dict[str, int] = {"peak": 0}
+
+    def add(self, other: Meter) -> None:
+        """Add what was paid elsewhere."""
+        self.flops, self.tokens = self.flops + other.flops, self.tokens + other.tokens
+        self.seconds += other.seconds
+        self.bytes = max(self.bytes, other.bytes, key=lambda b: b["peak"])
 
     def run(self, engine: Engine) -> Rack:
         """Run an engine and add its cost."""
@@ -308,10 +330,12 @@ def cost_of_step(
     return step_flops(spec, units, LENGTH, scored=share) * config.training.batch_size * LENGTH
 
 
-def train_whole(job: Job, stacks: int, budget: float, corpus: Corpus, meter: Meter) -> Denoiser:
+def train_whole(
+    job: Job, stacks: int, budget: float, corpus: Corpus, meter: Meter, weight: str = "nelbo"
+) -> Denoiser:
     """One model on all noise for a budget."""
     steps = int(budget / cost_of_step(job, stacks, ("all",), None, corpus))
-    config = resolved(keys_of(job, stacks, steps), corpus)
+    config = resolved(keys_of(job, stacks, steps, weight), corpus)
     rack = meter.run(engine_of(config, corpus, stages(config)))
     return denoiser_of(rack, config, corpus.tokenizer.special_ids)
 
@@ -333,13 +357,35 @@ def train_prepend(job: Job, budget: float, corpus: Corpus, meter: Meter) -> Deno
     return denoiser_of(rack, config, corpus.tokenizer.special_ids)
 
 
+@dataclass
+class WarmStart:
+    """One stack after `steps` steps on all noise, with its moments and what it has cost."""
+
+    rack: Rack
+    moments: dict[str, Any]
+    steps: int
+    meter: Meter
+
+
+@lru_cache(maxsize=1)
+def warm_start(text: str, seed: int, width: int, total: int, share: float) -> WarmStart:
+    """`share` of a schedule of `total` steps. Every variant of a seed goes on from the same one."""
+    job, steps, meter = Job("warm start", 1, seed, total, width, text, ""), int(share * total), Meter()
+    corpus = corpus_of(text)
+    config = resolved(keys_of(job, 1, steps), corpus)
+    engine = engine_of(config, corpus, [Stage("warm start", 1, ("all",), steps, schedule=(0, total))])
+    rack = meter.run(engine)
+    assert engine.optimizers is not None
+    return WarmStart(rack, engine.optimizers.state(), steps, meter)
+
+
 def train_independent(
     job: Job, variant: Variant, budget: float, corpus: Corpus, meter: Meter
 ) -> tuple[list[Denoiser], list[int]]:
     """The stacks as models of their own, and for each number of hidden tokens (from 1) the stack that owns it.
 
-    Stacks share no step after the warm start, so they may train anywhere, in any order. Each goes on with the samples,
-    the moments and the learning-rate schedule of the warm start, which falls to zero at the end of its own steps.
+    Stacks share no step after the warm start, so they may train anywhere, in any order. Each goes on with the samples
+    and the moments of the warm start, and its learning rate falls from there to zero in its own number of steps.
     """
     n, intervals = job.stacks, Intervals.linear(job.stacks)
     owners = [intervals.owner(count / LENGTH) for count in range(1, LENGTH + 1)]
@@ -349,43 +395,34 @@ def train_independent(
     trained = ("all",) if variant.io else ("stack:0",)
     ranges = [None if variant.split == "random" else intervals.widened(d, variant.overlap) for d in range(n)]
     cost = [cost_of_step(job, 1, trained, noise, corpus) for noise in ranges]
-    warm_steps = int(variant.warm * budget / cost_of_step(job, 1, ("all",), None, corpus))
-    rest = budget - warm_steps * cost_of_step(job, 1, ("all",), None, corpus)
-    weights = [n - 1.0, *[1.0] * (n - 1)] if variant.split == "uneven" else [1.0] * n
+    start = warm_start(job.text, job.seed, job.width, job.steps, variant.warm) if variant.warm else None
+    warm_steps = 0
+    if start is not None:
+        meter.add(start.meter)
+        warm_steps = start.steps
+    rest = budget - meter.flops
+    weights = [(sum(intervals.of(d)) / 2) ** -variant.lean for d in range(n)]
     steps = [int(rest * weight / sum(weights) / each) for weight, each in zip(weights, cost, strict=True)]
-    start, moments = None, None
-    if warm_steps:
-        config = resolved(keys_of(job, 1, warm_steps), corpus)
-        total = warm_steps + sum(steps) // n
-        engine = engine_of(
-            config, corpus, [Stage("warm start", 1, ("all",), warm_steps, schedule=(0, total))]
-        )
-        start = meter.run(engine)
-        assert engine.optimizers is not None
-        moments = engine.optimizers.state()
     denoisers = []
     for d in range(n):
-        config = resolved(keys_of(job, 1, max(1, steps[d])), corpus)
+        config = resolved(keys_of(job, 1, steps[d], variant.weight), corpus)
+        before = round(steps[d] * warm_steps / (job.steps - warm_steps))
         stage = Stage(
             f"interval {d + 1}",
             1,
             trained,
             steps[d],
             noise=ranges[d],
-            schedule=(warm_steps, warm_steps + steps[d]),
+            schedule=(before, before + steps[d]),
             data_start=warm_steps,
-            optimizer_state="carry" if moments else "reset",
+            optimizer_state="carry" if start else "reset",
         )
         owned = None
         if variant.split == "random":
             owned = torch.tensor([c for c, owner in enumerate(owners, start=1) if owner == d])
-        rack = copy.deepcopy(start)
-        if steps[d]:
-            engine = engine_of(config, corpus, [stage], rack, owned)
-            engine.parked = copy.deepcopy(moments) if moments else {}
-            rack = meter.run(engine)
-        assert rack is not None
-        denoisers.append(denoiser_of(rack, config, corpus.tokenizer.special_ids))
+        engine = engine_of(config, corpus, [stage], copy.deepcopy(start.rack) if start else None, owned)
+        engine.parked = copy.deepcopy(start.moments) if start else {}
+        denoisers.append(denoiser_of(meter.run(engine), config, corpus.tokenizer.special_ids))
     return denoisers, owners
 
 
@@ -422,6 +459,23 @@ def score(denoisers: list[Denoiser], owners: list[int], corpus: Corpus) -> dict[
     }
 
 
+def run_all(jobs: list[Job], folder: Path) -> list[str]:
+    """Run jobs of one process in turn and write their records; a line about each."""
+    return [write(run(job), folder) for job in jobs]
+
+
+def write(record: dict[str, Any], folder: Path) -> str:
+    """Keep a record, whole or not at all; what it says in one line."""
+    job, path = record["job"], folder / f"{record['job']['name']}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record) + "\n")
+    part.replace(path)
+    return (
+        f"{job['variant']}, {job['stacks']} stacks, seed {job['seed']}: "
+        f"NELBO {record['nelbo']:.4f}, {record['cpu_seconds']:.0f} CPU s"
+    )
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train and score one job; the record."""
     torch.set_num_threads(1)
@@ -435,7 +489,8 @@ def run(job: Job) -> dict[str, Any]:
     elif variant.kind == "prepend":
         denoisers, owners = [train_prepend(job, budget, corpus, meter)], one
     else:
-        denoisers = [train_whole(job, job.stacks if variant.kind == "whole" else 1, budget, corpus, meter)]
+        stacks = job.stacks if variant.kind == "whole" else 1
+        denoisers = [train_whole(job, stacks, budget, corpus, meter, variant.weight)]
         owners = one
     if not 0.95 * budget <= meter.flops <= 1.005 * budget:
         raise RuntimeError(
@@ -456,28 +511,28 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def work_through(jobs: list[Job], folder: Path, workers: int, show: Callable[[str], None]) -> None:
-    """Run what has no record yet."""
+    """Run what has no record yet; jobs with the same warm start follow each other in one process."""
     missing = [job for job in jobs if not (folder / f"{job.name}.json").exists()]
     show(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before, {workers} at a time")
-    started = time.monotonic()
-    for done, record in enumerate(_records(missing, workers), start=1):
-        path = folder / f"{record['job']['name']}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record) + "\n")
-        part.replace(path)
+    groups: dict[Any, list[Job]] = {}
+    for job in missing:
+        warm = next(v.warm for v in VARIANTS if v.name == job.variant)
+        groups.setdefault((job.seed, warm) if warm else job, []).append(job)
+    started, done = time.monotonic(), 0
+    for lines in _done(list(groups.values()), folder, workers):
+        done += len(lines)
         left = (time.monotonic() - started) / done * (len(missing) - done)
-        what = f"{record['job']['variant']}, {record['job']['stacks']} stacks, seed {record['job']['seed']}"
-        show(
-            f"{what}: NELBO {record['nelbo']:.4f}, {record['cpu_seconds']:.0f} CPU s; {left / 60:.0f} min left"
-        )
+        for line in lines:
+            show(f"{line}; about {left / 60:.0f} min left")
 
 
-def _records(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
+def _done(groups: list[list[Job]], folder: Path, workers: int) -> Iterator[list[str]]:
     if workers == 1:
-        yield from map(run, jobs)
+        for jobs in groups:
+            yield run_all(jobs, folder)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, job) for job in jobs]
+        futures = [pool.submit(run_all, jobs, folder) for jobs in groups]
         try:
             for future in as_completed(futures):
                 yield future.result()

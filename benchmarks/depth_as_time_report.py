@@ -32,6 +32,11 @@ class Rows:
     def seeds(self, variant: str) -> set[int]:
         return {record["job"]["seed"] for record in self.found[variant]}
 
+    def differences(self, variant: str, other: str) -> list[float]:
+        """NELBO less that of another row, for each seed that both have."""
+        values = [{r["job"]["seed"]: r["nelbo"] for r in self.found[name]} for name in (variant, other)]
+        return [values[0][seed] - values[1][seed] for seed in sorted(values[0].keys() & values[1].keys())]
+
     def text(self, variant: str) -> str:
         values = [record["nelbo"] for record in self.found[variant]]
         mean = f"{statistics.mean(values):.4f}"
@@ -88,10 +93,12 @@ def verdicts_of(rows: Rows, variants: Sequence[Any]) -> list[str]:
     for control in (CONTROL, "control: random partition"):
         if control in rows.found:
             other = rows.mean(control)
+            pairs = rows.differences(best, control)
+            spread = f"; by seed {min(pairs):+.4f} to {max(pairs):+.4f}" if len(pairs) > 1 else ""
             lines.append(
                 _verdict(
                     loss < other,
-                    f"{n} stacks, better than the {control}: {loss:.4f} against {other:.4f} ({loss - other:+.4f})",
+                    f"{n} stacks, better than the {control}: {loss:.4f} against {other:.4f} ({loss - other:+.4f}{spread})",
                 )
             )
     return lines
@@ -109,7 +116,7 @@ def _head(form: str, records: list[dict[str, Any]]) -> str:
     seeds = sorted({record["job"]["seed"] for record in records})
     return (
         f"Form `{form}`, {len(seeds)} seed{'s' * (len(seeds) > 1)}, characters of `{job['text']}`, stacks of 3 blocks, "
-        f"width {job['width']}, context 64, batch 16; the one-stack control takes {job['steps']} steps. {len(records)} runs "
+        f"width {job['width']}, context 64, batch 64; the one-stack control takes {job['steps']} steps. {len(records)} runs "
         f"took {minutes:.0f} CPU minutes. Every row has cost the same FLOPs. Mean, and range over the seeds in "
         "brackets."
     )
