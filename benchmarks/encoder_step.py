@@ -111,7 +111,7 @@ def stackwise(shape: Shape, ids: Tensor) -> tuple[nn.Module, Step]:
         draws = torch.full((shape.batch,), next(visits))
         example = objective.corrupt({"input_ids": ids, "draws": draws})
         hidden = rack.forward_features(example.input_ids)
-        total, weight = objective.loss(hidden, rack.head.matrix, example)
+        total, weight = objective.loss(hidden, rack.head, example)
         return total / weight
 
     return rack.train(), loss

@@ -102,7 +102,7 @@ def measure(
 
 def _both_ways(rack: Rack, objective: CausalLM, example: Example, prefix: int) -> float:
     hidden = rack.forward_features(example.input_ids, prefix=prefix)
-    loss, weight = objective.loss(hidden, rack.head.matrix, example)
+    loss, weight = objective.loss(hidden, rack.head, example)
     (loss / weight).backward()
     return float(loss.detach())
 

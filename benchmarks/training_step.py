@@ -103,7 +103,7 @@ def stackwise(shape: Shape, ids: Tensor, tied: bool, dtype: torch.dtype) -> tupl
         example = objective.corrupt(batch)
         with computing_in(dtype, rack.device):
             hidden = rack.forward_features(example.input_ids)
-            total, count = objective.loss(hidden, rack.head.matrix, example)
+            total, count = objective.loss(hidden, rack.head, example)
         return total / count
 
     return rack.train(), loss

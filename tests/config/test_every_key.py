@@ -23,6 +23,7 @@ from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.model.attention_settings import ATTENTION_TYPES
 from stackwise.model.describe import rack_spec
+from stackwise.model.own_io import Head
 from stackwise.model.spec import AdapterSpec, RackSpec
 from stackwise.objectives.build import objective_of
 
@@ -173,7 +174,7 @@ def learned(config: StackWiseConfig) -> list[float]:
         batch = {"input_ids": ids, "sample_ids": rows, "places": rows, "draws": draws, "targets": ids}
         example = objective.corrupt(batch)
         seen = hidden * (1 + (example.input_ids == ids))[:, :, None]  # what is hidden changes the states
-        loss, weight = objective.loss(objective.embedded(seen, example), matrix, example)
+        loss, weight = objective.loss(objective.embedded(seen, example), Head.of(matrix), example)
         losses.append(float(loss / weight))
     return losses
 
@@ -271,6 +272,15 @@ PROOFS: dict[str, Proof] = {
     "model.use_rope": rack(False),
     "model.rope_theta": rack(500.0),
     "model.embedding_norm": rack(True),
+    "model.embedding_scale": rack(2.0),
+    "model.token_types": rack(2),
+    "model.embedding_width": rack(32),
+    "model.tie_adapter": rack("transpose", {"model.embedding_width": 32, "model.tie_embeddings": True}),
+    "model.head_rank": rack(8),
+    "model.head_transform": rack(True),
+    "model.head_bias": rack(True),
+    "model.logit_softcap": rack(30.0),
+    "model.final_norm": rack(False),
     "model.tie_embeddings": rack(True),
     "model.residual_gain": rack(0.5),
     "model.spectral_norm": rack(True),

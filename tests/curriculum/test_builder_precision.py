@@ -20,7 +20,7 @@ def step(builder: ProgressiveRackBuilder) -> tuple[float, dict[str, torch.Tensor
     rack = builder.build_rack()
     ids = torch.randint(0, 97, (2, 12))
     example = CausalLM().corrupt({"input_ids": ids})
-    total, weight = CausalLM().loss(rack.forward_features(ids), rack.head.matrix, example)
+    total, weight = CausalLM().loss(rack.forward_features(ids), rack.head, example)
     (total / weight).backward()
     gradients = {n: p.grad.clone() for n, p in rack.named_parameters() if p.grad is not None}
     parameters = [p for p in rack.parameters() if p.requires_grad]

@@ -58,7 +58,7 @@ def test_logits_and_gradients_are_those_of_fp32_up_to_rounding(options: dict[str
     def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
         rack.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            total, count = objective.loss(rack.forward_features(ids), rack.head.matrix, example)
+            total, count = objective.loss(rack.forward_features(ids), rack.head, example)
         (total / count).backward()
         return {name: p.grad for name, p in rack.named_parameters() if p.grad is not None}
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from stackwise.model.factory import create_simple_rack
+from stackwise.model.own_io import Head
 from stackwise.objectives.causal import CausalLM
 
 NO = -100
@@ -90,7 +91,7 @@ def test_the_chunked_loss_is_the_plain_one_in_value_and_gradients(rows: int | No
     for chunked in (True, False):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         if chunked:
-            loss, weight = objective.loss(h, w, example, rows)
+            loss, weight = objective.loss(h, Head.of(w), example, rows)
             assert int(weight) == 8 + 4 + 8
         else:
             loss = F.cross_entropy((h @ w.t()).flatten(0, 1), example.labels.flatten(), reduction="sum")
@@ -103,6 +104,6 @@ def test_the_chunked_loss_is_the_plain_one_in_value_and_gradients(rows: int | No
 def test_rows_without_a_target_weigh_nothing() -> None:
     objective = CausalLM()
     example = objective.corrupt({"input_ids": ids([[5]])})
-    loss, weight = objective.loss(torch.randn(1, 1, 4), torch.randn(9, 4), example)
+    loss, weight = objective.loss(torch.randn(1, 1, 4), Head.of(torch.randn(9, 4)), example)
     assert float(loss) == 0.0
     assert int(weight) == 0

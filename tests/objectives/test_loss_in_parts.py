@@ -65,7 +65,7 @@ def sums_of(
             example = objective.corrupt(next(loader))
             with torch.no_grad():
                 hidden = hidden_of(rack, objective, example)
-                total, weight = objective.loss(hidden, rack.head.matrix, example)
+                total, weight = objective.loss(hidden, rack.head, example)
             found.append([float(total), float(weight)])
         sums[name] = np.sum(found, 0).tolist()
     return sums

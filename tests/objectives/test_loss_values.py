@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stackwise.model.factory import create_simple_rack
+from stackwise.model.own_io import Head
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import IGNORE, Objective
 from stackwise.objectives.causal import CausalLM
@@ -81,7 +82,7 @@ def test_both_forms_of_diffusion_agree_with_the_sum_over_all_subsets() -> None:
                 batch = {"input_ids": text.expand(rows, -1), "sample_ids": at, "places": at}
                 example = objective.corrupt(batch)
                 met = place[((example.input_ids == mask) * numbers).sum(1).long()]
-                total, weight = objective.loss(states[met], rack.head.matrix.detach(), example)
+                total, weight = objective.loss(states[met], rack.head, example)
                 means.append(float(total / weight))
             spread = torch.tensor(means)
             error = float(spread.std()) / chunks**0.5
@@ -114,7 +115,7 @@ def test_the_mlm_loss_is_that_of_bert_on_the_same_weights_and_masks() -> None:
         body = bert.bert(input_ids=example.input_ids, attention_mask=(ids != PAD).long())
         hidden = bert.cls.predictions.transform(body.last_hidden_state)
     weight = bert.cls.predictions.decoder.weight
-    total, count = objective.loss(hidden, weight, example)
+    total, count = objective.loss(hidden, Head.of(weight), example)
     torch.testing.assert_close(total / count, theirs, rtol=1e-12, atol=0)
     (own,) = torch.autograd.grad(total / count, weight)
     theirs.backward()
@@ -130,7 +131,7 @@ def test_the_mask_token_has_no_probability_and_visible_tokens_cost_nothing(form:
     example = objective.corrupt({"input_ids": torch.randint(0, PAD, (6, 20))})
     hidden = torch.randn(6, 20, 8, requires_grad=True)
     matrix = torch.randn(V, 8, requires_grad=True)
-    total, _ = objective.loss(hidden, matrix, example)
+    total, _ = objective.loss(hidden, Head.of(matrix), example)
     total.backward()
     assert hidden.grad is not None
     assert matrix.grad is not None
@@ -142,7 +143,7 @@ def test_the_mask_token_has_no_probability_and_visible_tokens_cost_nothing(form:
         other, louder = hidden.clone(), matrix.clone()
         other[visible] += 10 * torch.randn_like(other[visible])
         louder[MASK] += 100
-    assert torch.equal(objective.loss(other, louder, example)[0], total)
+    assert torch.equal(objective.loss(other, Head.of(louder), example)[0], total)
 
 
 # --- padding ---------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_rows_cost_the_same_with_padding_and_without(name: str) -> None:
             batch = {**batch, "targets": (batch["input_ids"] * 7 + 3) % PAD}
         example = objective.corrupt(batch)
         with torch.no_grad():
-            return objective.loss(hidden_of(rack, objective, example), rack.head.matrix, example)
+            return objective.loss(hidden_of(rack, objective, example), rack.head, example)
 
     alone = []
     for i, n in enumerate(lengths):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stackwise.model.own_io import Head
 from stackwise.objectives.base import IGNORE
 from stackwise.objectives.causal import CausalLM
 from stackwise.objectives.custom import Custom, load_function
@@ -63,21 +64,21 @@ def test_a_row_with_nothing_to_corrupt_costs_nothing():
     for objective in (mlm(), diffusion(), diffusion(form="t"), diffusion(weighting="uniform")):
         example = objective.corrupt(given)
         hidden, matrix = torch.randn(2, 8, 4), torch.randn(V, 4)
-        total, weight = objective.loss(hidden, matrix, example)
+        total, weight = objective.loss(hidden, Head.of(matrix), example)
         alone, its_weight = objective.loss(
-            hidden[1:], matrix, objective.corrupt({k: v[1:] for k, v in given.items()})
+            hidden[1:], Head.of(matrix), objective.corrupt({k: v[1:] for k, v in given.items()})
         )
         torch.testing.assert_close(total, alone)
         assert weight == its_weight
         nothing = objective.corrupt({k: v[:1] for k, v in given.items()})
-        assert objective.loss(hidden[:1], matrix, nothing)[0] == 0
+        assert objective.loss(hidden[:1], Head.of(matrix), nothing)[0] == 0
 
 
 def test_the_mlm_loss_is_the_mean_over_the_corrupted_tokens():
     objective, given = mlm(fraction=0.3), batch()
     example = objective.corrupt(given)
     hidden, matrix = torch.randn(6, 20, 8), torch.randn(V, 8)
-    total, weight = objective.loss(hidden, matrix, example, rows_per_chunk=7)
+    total, weight = objective.loss(hidden, Head.of(matrix), example, rows_per_chunk=7)
     assert weight == 6 * 6
     torch.testing.assert_close(
         total.double(), plain_losses(hidden, matrix, example).sum(), rtol=1e-5, atol=1e-4
@@ -90,7 +91,7 @@ def test_the_diffusion_loss_is_the_weighted_sum_of_its_formula(form, noise):
     objective, given = diffusion(form=form), batch()
     example = objective.corrupt(given, noise)
     hidden, matrix = torch.randn(6, 20, 8), torch.randn(V, 8)
-    total, weight = objective.loss(hidden, matrix, example)
+    total, weight = objective.loss(hidden, Head.of(matrix), example)
     per_row = plain_losses(hidden, matrix, example, banned=MASK).sum(1)
     masked = (example.labels != IGNORE).sum(1)
     if form == "count":
@@ -112,7 +113,7 @@ def test_a_uniform_model_costs_log_v_in_every_form():
     for noise in (None, (0.5, 0.75)):
         for options in ({}, {"form": "t"}, {"weighting": "uniform"}, {"form": "t", "weighting": "clipped"}):
             objective = diffusion(**options)
-            total, weight = objective.loss(hidden, matrix, objective.corrupt(given, noise))
+            total, weight = objective.loss(hidden, Head.of(matrix), objective.corrupt(given, noise))
             rtol = 0.06 if "form" in options else 1e-4  # the t form has the spread of 1/t
             torch.testing.assert_close(total / weight, expected, rtol=rtol, atol=0)
 
@@ -120,9 +121,11 @@ def test_a_uniform_model_costs_log_v_in_every_form():
 def test_the_loss_does_not_depend_on_how_rows_are_batched():
     given, hidden, matrix = batch(32), torch.randn(32, 20, 8), torch.randn(V, 8)
     for objective in (mlm(), diffusion(), diffusion(form="t"), mlm(corruption="gaussian")):
-        whole = objective.loss(hidden, matrix, objective.corrupt(given))
+        whole = objective.loss(hidden, Head.of(matrix), objective.corrupt(given))
         parts = [
-            objective.loss(hidden[rows], matrix, objective.corrupt({k: v[rows] for k, v in given.items()}))
+            objective.loss(
+                hidden[rows], Head.of(matrix), objective.corrupt({k: v[rows] for k, v in given.items()})
+            )
             for rows in torch.randperm(32).split(8)
         ]
         torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-5, atol=1e-3)
@@ -181,9 +184,11 @@ def test_gaussian_noise_is_learned_as_token_or_as_noise():
     chosen = example.labels != IGNORE
     assert torch.equal(noisy[~chosen], x[~chosen])
     noise = (noisy - 0.5**0.5 * x) / 0.5**0.5
-    total, weight = objective.loss(noise, torch.randn(V, 8), example)
+    total, weight = objective.loss(noise, Head.of(torch.randn(V, 8)), example)
     assert total / weight < 1e-10, "the noise itself is the answer"
-    assert objective.loss(noise + 1, torch.randn(V, 8), example)[0] / weight == pytest.approx(1.0, rel=1e-4)
+    assert objective.loss(noise + 1, Head.of(torch.randn(V, 8)), example)[0] / weight == pytest.approx(
+        1.0, rel=1e-4
+    )
 
 
 def test_custom_takes_targets_as_they_are():
@@ -203,13 +208,13 @@ def test_custom_losses_are_called_with_the_scored_logits():
     ids, hidden, matrix = torch.randint(0, V, (2, 5)), torch.randn(2, 5, 4), torch.randn(V, 4)
     smooth = Custom(lambda logits, y: F.cross_entropy(logits, y, reduction="none", label_smoothing=0.1))
     example = smooth.corrupt({"input_ids": ids})
-    total, weight = smooth.loss(hidden, matrix, example)
+    total, weight = smooth.loss(hidden, Head.of(matrix), example)
     logits = (hidden @ matrix.t()).flatten(0, 1)
     expected = F.cross_entropy(logits, ids.flatten(), reduction="sum", label_smoothing=0.1)
     torch.testing.assert_close(total, expected)
     assert weight == 10
     with pytest.raises(ValueError, match=r"shape \[\], not \[10\]"):
-        Custom(F.cross_entropy).loss(hidden, matrix, example)
+        Custom(F.cross_entropy).loss(hidden, Head.of(matrix), example)
 
 
 def test_a_loss_function_is_found_by_name_or_refused():

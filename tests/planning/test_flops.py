@@ -15,7 +15,7 @@ from stackwise.model.block_spec import BlockSpec
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.flops import attention_flops, block_forward_flops, step_flops, step_units
 from stackwise.model.own_io import InOut
-from stackwise.model.rack import recompute_block, run_block
+from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.model.spec import AdapterSpec
 from stackwise.objectives.causal import CausalLM
 
@@ -41,7 +41,7 @@ def counted(rack, units, monkeypatch, remat=False):
     example = CausalLM().corrupt({"input_ids": torch.randint(0, 29, (BATCH, TOKENS))})
     with FlopCounterMode(display=False) as counter, pytorch_products():
         hidden = rack.forward_features(example.input_ids, prefix=split.prefix)
-        CausalLM().loss(hidden, rack.head.matrix, example)[0].backward()
+        CausalLM().loss(hidden, rack.head, example)[0].backward()
     return counter.get_total_flops() / (BATCH * TOKENS)
 
 
@@ -94,6 +94,26 @@ def test_a_tied_head_trains_with_the_embedding(monkeypatch):
     expected = step_flops(rack.spec, EVERYTHING, TOKENS)
     assert counted(rack, EVERYTHING, monkeypatch) == pytest.approx(expected, rel=1e-9)
     assert step_flops(rack.spec, EVERYTHING - {"embedding"}, TOKENS) < expected
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"tied": True, "embedding_width": 6, "head_transform": True, "head_bias": True},
+        {"tied": True, "embedding_width": 24, "tie_adapter": "transpose"},
+        {"embedding_width": 6, "adapter_hidden": 10, "head_rank": 5},
+        {"head_transform": True, "token_types": 2, "embedding_norm": "learned", "logit_softcap": 5.0},
+    ],
+    ids=["bert", "transposed", "low rank", "transform"],
+)
+@pytest.mark.parametrize(
+    "units",
+    [EVERYTHING, {"stack:s3", "norm", "head"}, {"stack:s0"}, {"norm", "head"}, {"embedding"}],
+    ids=lambda units: "+".join(sorted(units)),
+)
+def test_what_stands_around_the_blocks_is_counted(ends, units, monkeypatch):
+    rack = Rack(replace(make_rack().spec, **ends))
+    assert counted(rack, units, monkeypatch) == pytest.approx(step_flops(rack.spec, units, TOKENS), rel=1e-9)
 
 
 def test_causal_attention_costs_what_is_seen():
@@ -165,7 +185,7 @@ def test_a_stack_with_embedding_and_head_of_its_own_costs_what_its_products_are(
     )
     example = CausalLM().corrupt({"input_ids": torch.randint(0, 29, (BATCH, TOKENS))})
     with FlopCounterMode(display=False) as counter, pytorch_products():
-        CausalLM().loss(rack.forward_features(example.input_ids), rack.io.head.matrix, example)[0].backward()
+        CausalLM().loss(rack.forward_features(example.input_ids), rack.io.head, example)[0].backward()
     assert step_flops(rack.spec, units, TOKENS, alone=1) == counter.get_total_flops() / (BATCH * TOKENS)
     assert all(p.grad is not None for p in rack.stacks[1].io.parameters())
     assert all(p.grad is None for p in (rack.embedding.weight, rack.head.matrix))

@@ -80,7 +80,7 @@ def test_the_peak_of_a_trace_is_that_of_a_real_step(spec, dtype, remat):
         example = CausalLM().corrupt({"input_ids": ids, "next_ids": ids[:, 0].clone()})
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden = rack.forward_features(example.input_ids, prefix=split.prefix)
-            loss = CausalLM().loss(hidden, rack.head.matrix, example)[0]
+            loss = CausalLM().loss(hidden, rack.head, example)[0]
         del hidden
         loss.backward()
     assert planned.most[LIVE] == pytest.approx(live.peak, rel=0.01)

@@ -52,7 +52,7 @@ def steps(rack: Rack, optimizers: Optimizers, first: int, last: int) -> list[flo
         optimizers.set_factor(1.0, step)
         example = objective.corrupt({"input_ids": batch(step)})
         with torch.autocast("cpu", torch.bfloat16), optimizers.in_backward():
-            total, count = objective.loss(rack.forward_features(example.input_ids), rack.head.matrix, example)
+            total, count = objective.loss(rack.forward_features(example.input_ids), rack.head, example)
             (total / count).backward()
         norms.append(float(optimizers.gradient_norm()))
         optimizers.step()

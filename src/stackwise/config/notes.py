@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stackwise.config import (
     adapter_rules,
     cache_rules,
+    embedding_rules,
     generation_rules,
     objective_rules,
     precision_rules,
@@ -220,6 +221,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     *residency_rules.INERT,
     *cache_rules.INERT,
     *objective_rules.INERT,
+    *embedding_rules.INERT,
     *time_rules.INERT,
     (
         "training.progressive.progressive_qlora",

@@ -32,7 +32,7 @@ def trained_units(spec: RackSpec, stage: Stage) -> set[str]:
                 f"stage {stage.name!r} trains {selector!r}, which {_matches_nothing(selector, spec)}"
             )
         units.update(table[selector])
-    if spec.tied and "head" in units and "embedding" not in units:
+    if spec.head_is_table and "head" in units and "embedding" not in units:
         units.discard("head")  # the head is the embedding's matrix, which stays fixed
     if not units:
         raise ValueError(f"stage {stage.name!r} trains nothing")

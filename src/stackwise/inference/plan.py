@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stackwise.kernels.linear_cross_entropy import capped
 from stackwise.kernels.packed_linear import packed_linear
 from stackwise.model.attention.mha import Attention
 from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block import Block, Stack
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import KeyValueCache, RackCache
+from stackwise.model.embedding import Embedding, WidthMLP
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
 from stackwise.model.norms import LayerNorm, RMSNorm
@@ -50,7 +52,8 @@ _COVERED: tuple[type[nn.Module], ...] = (
     SinusoidalPositions,
     Head,
     Linear,
-    nn.Embedding,
+    Embedding,
+    WidthMLP,
     nn.ModuleList,
     nn.Dropout,
 )
@@ -72,6 +75,10 @@ def uncovered(rack: Rack) -> str | None:
     for block in rack.blocks():
         if why := _uncovered_block(block.spec):
             return why
+    if rack.embedding.types is not None or rack.embedding.norm is not None:
+        return "token types or a norm come behind the embedding"
+    if not rack.head.is_plain:
+        return "the head transforms what it reads"
     if rack.span != (0, None):
         return "only some of its blocks run"
     if rack.runner not in (run_block, recompute_block):
@@ -109,7 +116,7 @@ class DecodePlan:
         self.rack, self.rows = rack, rows
         self.blocks = [_BlockPlan(block, rows) for block in rack.blocks()]
         self.normalise = _normaliser(rack.norm)
-        self.head = packed_linear(*_joined([(rack.head.matrix, None, 1.0)], rack.norm), rows)
+        self.head = packed_linear(*_joined([(rack.head.matrix, rack.head.bias, 1.0)], rack.norm), rows)
 
     def start(self, cache: RackCache, position_ids: Tensor, padding: Tensor | None) -> None:
         """Continue after the prompts that `cache` holds; it is read now and not needed any more.
@@ -169,7 +176,7 @@ class DecodePlan:
             turn = self.turns[block.rotation][step]
             block(x_BD, held, at, turn, self.bias[block.heads[1]])
         self.length = at + 1
-        return self.head(self.normalise(x_BD))
+        return capped(self.head(self.normalise(x_BD)), self.rack.head.softcap)
 
 
 class _Held:

@@ -27,6 +27,8 @@ class Context(NamedTuple):
     position_ids: Tensor | None
     max_seq_len: int
     time: Condition | None = None
+    token_types: Tensor | None = None
+    """int64 [B, T]: kind of sentence of every token."""
 
 
 class Block(PlainNames):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stackwise.config.embedding_rules import ties
 from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import appends, stacks_at_the_end
 from stackwise.model.attention_settings import AttentionFields
@@ -59,12 +60,6 @@ def block_spec(model: ModelSettings) -> BlockSpec:
     )
 
 
-def is_tied(config: StackWiseConfig) -> bool:
-    """`tie_embeddings`; null: untied when stacks are appended, so that the head can train at every stage."""
-    tied = config.model.tie_embeddings
-    return not appends(config) if tied is None else tied
-
-
 def time_spec(config: StackWiseConfig) -> TimeSpec | None:
     """How the rack is told the time of the noise; null where it is not."""
     if time_of(config) != "input":
@@ -117,9 +112,18 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         positions=model.positions,
         norm=model.norm,
         norm_eps=model.norm_eps,
-        tied=is_tied(config),
+        tied=ties(config),
         dropout=model.dropout,
         embedding_norm=model.embedding_norm,
+        embedding_scale=model.embedding_scale,
+        token_types=model.token_types,
+        embedding_width=model.embedding_width or 0,
+        tie_adapter=model.tie_adapter,
+        head_rank=model.head_rank or 0,
+        head_transform=model.head_transform,
+        head_bias=model.head_bias,
+        logit_softcap=model.logit_softcap,
+        final_norm=model.final_norm,
         time=time_spec(config),
         planned_blocks=sum(map(len, stacks)) + len(tail),
     )

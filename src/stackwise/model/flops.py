@@ -118,17 +118,49 @@ def step_flops(
     free.
     """
     own_io = any(unit.startswith("io:") for unit in trained)
-    total, flows = 0.0, own_io or "embedding" in trained
+    flows = own_io or "embedding" in trained
+    total = _embedding_flops(spec, flows) if not cached else 0.0
     for index, work in enumerate(rows_of(spec, trained, alone)):
         if index < cached:
             continue
         forward, backward, flows = _block_flops(work, seq_len, flows)
         again = recompute if work.trains or recompute_frozen is None else recompute_frozen
         total += forward * (2 if again and flows else 1) + backward
-    head = 2.0 * spec.vocab_size * spec.d_model * scored
-    flows = flows or "norm" in trained
-    own = "embedding" if spec.tied else "head"
-    return total + head * (1 + flows + (own_io or own in trained))
+    flows = flows or ("norm" in trained and spec.final_norm)
+    learns = {name for name in ("embedding", "head") if own_io or name in trained}
+    return total + scored * _head_flops(spec, flows, learns)
+
+
+def embedding_matrices(spec: RackSpec) -> list[tuple[int, int]]:
+    """(outputs, inputs) of what stands between table and model, in order."""
+    if spec.adapter_hidden:
+        return [(spec.adapter_hidden, spec.table_width), (spec.d_model, spec.adapter_hidden)]
+    return [(spec.d_model, spec.table_width)] if spec.embedding_adapter else []
+
+
+def head_matrices(spec: RackSpec) -> list[tuple[int, int, str]]:
+    """(outputs, inputs, whose it is: head or embedding) of the head's matrices, in order."""
+    width, table = spec.d_model, "embedding" if spec.tied else "head"
+    transposed = spec.tied and spec.tie_adapter == "transpose"
+    return [
+        *([(width, width, "head")] if spec.head_transform else []),
+        *([(spec.head_width, width, "embedding" if transposed else "head")] if spec.head_adapter else []),
+        (spec.vocab_size, spec.head_width, table),
+    ]
+
+
+def _embedding_flops(spec: RackSpec, trains: bool) -> float:
+    """FLOP per token between table and model; looking up is free."""
+    return sum(2.0 * rows * columns for rows, columns in embedding_matrices(spec)) * (3 if trains else 1)
+
+
+def _head_flops(spec: RackSpec, flows: bool, learns: Collection[str]) -> float:
+    """FLOP per token that the head reads; `flows`: what it reads has a gradient."""
+    total = 2.0 * spec.vocab_size * (spec.head_bias and "head" in learns)
+    for rows, columns, owner in head_matrices(spec):
+        total += 2.0 * rows * columns * (1 + flows + (owner in learns))
+        flows = flows or owner in learns or ("head" in learns and spec.head_transform)
+    return total
 
 
 def step_units(

@@ -5,7 +5,7 @@
 | linear weights                           | N(0, 1 / fan_in)                                  |
 | output projections (attn.o, ffn.down)    | the same / sqrt(2 * planned blocks); or 0 *       |
 | frozen up projections                    | N(0, 1 / d_model)                                 |
-| embedding, learned positions             | N(0, 1 / d_model): tied logits start near N(0, 1) |
+| embedding, learned positions, token types| N(0, 1 / width): tied logits start near N(0, 1)   |
 | embedding with `embedding_norm`          | N(0, 1): steps turn its rows without leaps        |
 | head of its own                          | N(0, 0.02^2 * 768 / d_model), near-uniform; or 0 *|
 | short convolutions                       | the identity: first tap 1, others 0               |
@@ -48,7 +48,7 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, spec: RackSpec, seed: int) -> Start:
-        return cls(seed, spec.planned_blocks or len(spec.blocks), spec.embedding_norm)
+        return cls(seed, spec.planned_blocks or len(spec.blocks), spec.embedding_norm is True)
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stackwise.kernels.embedding import look_up
 from stackwise.model.block import Block, Context, Stack
 from stackwise.model.cache import BlockCache, RackCache
+from stackwise.model.embedding import Embedding
 from stackwise.model.init import Start, init_weights
 from stackwise.model.linear import Linear
 from stackwise.model.modes import autocast_to
@@ -183,7 +182,7 @@ class Rack(PlainNames):
         """Who has the embedding, norm and head around the stack at a position where that runs alone."""
         return self.stacks[position].io or self
 
-    def get_embedding_layer(self) -> nn.Embedding:
+    def get_embedding_layer(self) -> Embedding:
         return self.embedding
 
     def get_lm_head(self) -> Head:
@@ -200,10 +199,12 @@ class Rack(PlainNames):
         document_ids: Tensor | None = None,
         cache: RackCache | None = None,
         time_step: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B, T], attention_mask 0/1 or bool [B, T] (with a cache: [B, seen + T]) -> logits [B, T, V].
 
         `time_step` float [B] in (0, 1]: the time of the noise, for a rack that is told it; elsewhere a ValueError.
+        `token_type_ids` int64 [B, T] below `token_types`; null: all 0.
         """
         self._check_ids(input_ids)
         if time_step is not None and not bool(((time_step > 0) & (time_step <= 1)).all()):
@@ -215,6 +216,7 @@ class Rack(PlainNames):
             document_ids=document_ids,
             cache=cache,
             time_step=time_step,
+            token_type_ids=token_type_ids,
         )
         logits: Tensor = self.io.head(hidden)
         return logits
@@ -229,13 +231,20 @@ class Rack(PlainNames):
         cache: RackCache | None = None,
         prefix: int = 0,
         time_step: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Everything but the head -> hidden [B, T, D].
 
         `prefix`: how many leading units (embedding, then blocks) run without gradient; see `curriculum.split`.
         """
         context = self.make_context(
-            input_ids, attention_mask, position_ids, document_ids, cache, time_step=time_step
+            input_ids,
+            attention_mask,
+            position_ids,
+            document_ids,
+            cache,
+            time_step=time_step,
+            token_type_ids=token_type_ids,
         )
         if self.training and torch.is_grad_enabled():
             self.follow_weights()
@@ -296,13 +305,11 @@ class Rack(PlainNames):
 
     def look_up(self, input_ids: Tensor, io: Rack | InOut | None = None) -> Tensor:
         """Token vectors without positions: ids of any shape -> [..., D], a new tensor. `io` null: `self.io`."""
-        embedding = (io or self.io).embedding
-        narrow = embedding.weight.dtype != self.dtype
-        x = look_up(input_ids, embedding.weight, self.dtype) if narrow else embedding(input_ids)
-        return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
+        x: Tensor = (io or self.io).embedding(input_ids, self.dtype)
+        return x
 
     def embed(self, input_ids: Tensor, context: Context, io: Rack | InOut | None = None) -> Tensor:
-        """Token embedding, plus positions and time where they are added there. [B, T] -> [B, T, D]."""
+        """Token embedding, plus positions, time and kinds of sentences where they are added there. [B, T] -> [B, T, D]."""
         x_BTD = self.look_up(input_ids, io)
         if self.positions is not None:
             position_ids = context.position_ids
@@ -312,6 +319,7 @@ class Rack(PlainNames):
             x_BTD = x_BTD + self.positions(position_ids)
         if context.time is not None and context.time.added is not None:
             x_BTD = x_BTD + context.time.added
+        x_BTD = (io or self.io).embedding.close(x_BTD, context.token_types)
         return x_BTD if self.dropout is None else self.dropout(x_BTD)
 
     def make_context(
@@ -323,6 +331,7 @@ class Rack(PlainNames):
         cache: RackCache | None = None,
         *,
         time_step: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Context:
         """What all blocks of a forward pass share; also checks lengths and shapes (ValueError)."""
         past = cache.length if cache is not None else 0
@@ -337,7 +346,25 @@ class Rack(PlainNames):
             raise ValueError("document_ids and a cache cannot be combined: generate each document by itself")
         capacity = None if cache is None else cache.capacity
         visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device, capacity)
-        return Context(visibility, position_ids, limit, self._told(time_step, input_ids.shape[0]))
+        told = self._told(time_step, input_ids.shape[0])
+        return Context(visibility, position_ids, limit, told, self._kinds(token_type_ids, input_ids))
+
+    def _kinds(self, token_type_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
+        """The kinds of sentences, checked: ValueError where there are none or of another shape, IndexError beyond."""
+        if token_type_ids is None:
+            return None
+        count = self.spec.token_types
+        if not count:
+            raise ValueError(
+                "this model has no token types: build it with model.token_types, or leave them out"
+            )
+        if token_type_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"token_type_ids must be {list(input_ids.shape)} as input_ids are, got {list(token_type_ids.shape)}"
+            )
+        if token_type_ids.numel() and not 0 <= int(token_type_ids.min()) <= int(token_type_ids.max()) < count:
+            raise IndexError(f"token types must be from 0 to {count - 1} (model.token_types is {count})")
+        return token_type_ids
 
     def _told(self, time_step: Tensor | None, n_rows: int) -> Condition | None:
         """What the time of the noise comes to; ValueError where it is missing, not asked for, or no float [B]."""

@@ -139,8 +139,26 @@ class ModelSettings(Settings):
     """Base of the rotation angles; larger for longer contexts."""
     rope_scaling: RopeScalingSettings | None = None
     """Stretches rotary positions to rows longer than those of training; `max_seq_len` is then the length to reach."""
-    embedding_norm: Flag = False
-    """Bring every embedded token to unit rms, without a weight of its own, before positions are added."""
+    embedding_norm: Flag | Literal["learned"] = False
+    """true brings every embedded token to unit rms, without a weight of its own, before positions are added; learned puts `model.norm` with weights behind the sum of token, position and type, as BERT and ModernBERT do."""
+    embedding_scale: PositiveFloat = 1.0
+    """Factor on every embedded token; Gemma multiplies by the square root of `d_model`."""
+    token_types: NonNegativeInt = 0
+    """Kinds of sentences with a trained vector each, added to the embedding; 2 tells the sentences of a pair apart. 0: none."""
+    embedding_width: PositiveInt | None = None
+    """Width of the embedding's table; an adapter brings it to `d_model`, and, tied, the head back to it. null: `d_model`."""
+    tie_adapter: Literal["linear", "transpose"] = "linear"
+    """What brings the hidden state to a tied table of another width: a linear of its own, or the embedding's adapter transposed."""
+    head_rank: PositiveInt | None = None
+    """Rank of an untied head's matrix, which is then a product of two. null: full."""
+    head_transform: Flag = False
+    """Put a dense layer, GELU and `model.norm` in front of the head, as BERT does for masked tokens."""
+    head_bias: Flag = False
+    """Give every token of the vocabulary a trained bias in the logits."""
+    logit_softcap: PositiveFloat | None = None
+    """Bend logits into c tanh(logits / c), so that none passes c. null: no bound."""
+    final_norm: Flag = True
+    """Normalise what the last block gives; BERT, whose blocks end with a norm, does not."""
     tie_embeddings: Flag | None = None
     """Use the embedding matrix as the head. null: false under an enabled append curriculum, so that the head can train at every stage, else true."""
     residual_gain: UnitFloat | None = None

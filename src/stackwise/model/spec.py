@@ -124,7 +124,10 @@ class RackSpec:
 
     `tail` are the global head blocks: they sit between the last stack and the final norm and train in every stage of
     an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `tied`: the
-    head is the embedding's matrix. `time`: how it is told the time of the noise; null: it is not.
+    head is the embedding's matrix. `time`: how it is told the time of the noise; null: it is not. `embedding_norm`:
+    true is unit rms, "learned" the model's norm behind all that is added. `embedding_width` 0 is `d_model`,
+    `adapter_hidden` 0 a linear adapter where that differs; see `model.embedding`. `tie_adapter` and all that begins
+    with `head`: see `model.own_io`; `head_rank` 0 is a full matrix. Wrong values are ValueErrors.
     """
 
     vocab_size: int
@@ -138,8 +141,18 @@ class RackSpec:
     tied: bool = False
     dropout: float = 0.0
     planned_blocks: int = 0
-    embedding_norm: bool = False
+    embedding_norm: bool | str = False
     time: TimeSpec | None = None
+    token_types: int = 0
+    embedding_scale: float = 1.0
+    embedding_width: int = 0
+    adapter_hidden: int = 0
+    tie_adapter: str = "linear"
+    head_rank: int = 0
+    head_transform: bool = False
+    head_bias: bool = False
+    logit_softcap: float | None = None
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2:
@@ -152,6 +165,25 @@ class RackSpec:
         for block in self.blocks:
             if block.d_model != self.d_model:
                 raise ValueError(f"every block must be {self.d_model} wide, got {block.d_model}")
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        for name in ("token_types", "embedding_width", "adapter_hidden", "head_rank"):
+            if getattr(self, name) < 0:
+                yield f"{name} must be at least 0, got {getattr(self, name)}"
+        if self.embedding_norm not in (False, True, "learned"):
+            yield f"embedding_norm must be false, true or 'learned', got {self.embedding_norm!r}"
+        if self.tie_adapter not in ("linear", "transpose"):
+            yield f"tie_adapter must be 'linear' or 'transpose', got {self.tie_adapter!r}"
+        if not self.embedding_scale > 0:
+            yield f"embedding_scale must be above 0, got {self.embedding_scale}"
+        if self.logit_softcap is not None and not self.logit_softcap > 0:
+            yield f"logit_softcap must be above 0, got {self.logit_softcap}"
+        if self.tied and self.head_rank:
+            yield "a tied head has the rank of the table: set embedding_width instead of head_rank, or untie"
+        if self.tied and self.tie_adapter == "transpose" and self.adapter_hidden:
+            yield "an MLP has no transpose: tie_adapter 'transpose' needs a linear adapter (adapter_hidden 0)"
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -173,6 +205,37 @@ class RackSpec:
                 f"model.rope_scaling={{type: yarn, factor: {factor}, original_max_seq_len: {self.max_seq_len}}}"
             )
         return message
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether what is around the blocks has biases: if any block has."""
+        return any(block.bias for block in self.blocks)
+
+    @property
+    def table_width(self) -> int:
+        """Width of the embedding's table."""
+        return self.embedding_width or self.d_model
+
+    @property
+    def embedding_adapter(self) -> bool:
+        """Whether something stands between table and model."""
+        return bool(self.adapter_hidden) or self.table_width != self.d_model
+
+    @property
+    def head_width(self) -> int:
+        """Width of the head's matrix."""
+        return self.table_width if self.tied else self.head_rank or self.d_model
+
+    @property
+    def head_adapter(self) -> bool:
+        """Whether something stands between model and head."""
+        return self.embedding_adapter if self.tied else bool(self.head_rank)
+
+    @property
+    def head_is_table(self) -> bool:
+        """Whether the head has no parameter that is not the embedding's."""
+        own_adapter = self.head_adapter and self.tie_adapter == "linear"
+        return self.tied and not (own_adapter or self.head_transform or self.head_bias)
 
     def with_stacks(self, stacks: Sequence[StackSpec]) -> RackSpec:
         return replace(self, stacks=tuple(stacks))

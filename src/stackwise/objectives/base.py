@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stackwise.model.own_io import Head
 
 IGNORE = -100
 """Label of a position that is not scored."""
@@ -29,6 +32,7 @@ class Example(NamedTuple):
     document_ids: Tensor | None = None
     sample_ids: Tensor | None = None
     """[B]"""
+    token_types: Tensor | None = None
     draws: Tensor | None = None
     """[B]: which corruption of the sample this is; null: there is only one."""
     time: Tensor | None = None
@@ -79,9 +83,9 @@ class Objective(Protocol):
         ...
 
     def loss(
-        self, hidden: Tensor, head_matrix: Tensor, example: Example, rows_per_chunk: int | None = None
+        self, hidden: Tensor, head: Head, example: Example, rows_per_chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, D], head_matrix [V, D] -> (loss_sum in nats, weight_sum).
+        """hidden [B, T, D] -> (loss_sum in nats, weight_sum).
 
         The head is applied in chunks of `rows_per_chunk` positions, so [B T, V] logits never exist; null keeps a
         chunk's logits under a fixed size.

@@ -6,13 +6,16 @@ This is the one place of the project where labels are shifted; models, losses an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from stackwise.objectives.base import IGNORE, Example, Noise, input_ids_of
 from stackwise.objectives.head import head_loss
+
+if TYPE_CHECKING:
+    from stackwise.model.own_io import Head
 
 
 class CausalLM:
@@ -50,17 +53,20 @@ class CausalLM:
             labels[:, :-1].masked_fill_(~mask[:, 1:], IGNORE)
         if documents is not None:
             labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], IGNORE)
-        return Example(ids, labels, mask, batch.get("position_ids"), documents, batch.get("sample_ids"))
+        kinds = batch.get("token_type_ids")
+        return Example(
+            ids, labels, mask, batch.get("position_ids"), documents, batch.get("sample_ids"), kinds
+        )
 
     def embedded(self, x_BTD: Tensor, example: Example) -> Tensor:
         """The embeddings as they are."""
         return x_BTD
 
     def loss(
-        self, hidden: Tensor, head_matrix: Tensor, example: Example, rows_per_chunk: int | None = None
+        self, hidden: Tensor, head: Head, example: Example, rows_per_chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, D], head_matrix [V, D] -> (loss_sum in nats, weight_sum = number of scored positions)."""
-        total = head_loss(hidden, head_matrix, example, z_loss=self.z_loss, rows_per_chunk=rows_per_chunk)
+        """hidden [B, T, D] -> (loss_sum in nats, weight_sum = number of scored positions)."""
+        total = head_loss(hidden, head, example, z_loss=self.z_loss, rows_per_chunk=rows_per_chunk)
         return total, self.weight(example)
 
     def for_evaluation(self) -> Self:

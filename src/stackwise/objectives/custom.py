@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
 from torch import Tensor
 
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.objectives.base import IGNORE, Example, Noise, input_ids_of
 from stackwise.objectives.head import head_loss
+
+if TYPE_CHECKING:
+    from stackwise.model.own_io import Head
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,7 +56,13 @@ class Custom:
             if kept is not None:
                 labels.masked_fill_(~kept.bool(), IGNORE)
         return Example(
-            ids, labels, mask, batch.get("position_ids"), batch.get("document_ids"), batch.get("sample_ids")
+            ids,
+            labels,
+            mask,
+            batch.get("position_ids"),
+            batch.get("document_ids"),
+            batch.get("sample_ids"),
+            batch.get("token_type_ids"),
         )
 
     def embedded(self, x_BTD: Tensor, example: Example) -> Tensor:
@@ -62,16 +70,14 @@ class Custom:
         return x_BTD
 
     def loss(
-        self, hidden: Tensor, head_matrix: Tensor, example: Example, rows_per_chunk: int | None = None
+        self, hidden: Tensor, head: Head, example: Example, rows_per_chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Objective.loss`. With a `loss_fn` all logits of a micro-batch exist at once."""
         weight = self.weight(example)
         if self.loss_fn is None:
-            return head_loss(
-                hidden, head_matrix, example, z_loss=self.z_loss, rows_per_chunk=rows_per_chunk
-            ), weight
+            return head_loss(hidden, head, example, z_loss=self.z_loss, rows_per_chunk=rows_per_chunk), weight
         scored = example.labels != IGNORE
-        logits = torch.nn.functional.linear(hidden[scored], head_matrix).float()
+        logits = head(hidden[scored]).float()
         losses = self.loss_fn(logits, example.labels[scored])
         if losses.shape != (len(logits),):
             raise ValueError(

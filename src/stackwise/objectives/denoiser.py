@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from stackwise.config.notes import tunes_jointly
 from stackwise.config.objective_rules import time_of
-from stackwise.kernels.linear import linear
 from stackwise.kernels.linear_cross_entropy import chunk_rows
 from stackwise.objectives.base import IGNORE, Example
 from stackwise.objectives.depth import stack_noise
@@ -101,13 +100,13 @@ class Denoiser:
         """float32 [n, V] from the hidden states at `positions`, by the heads of the owners [B] of the rows."""
         states, heads = hidden.flatten(0, 1)[positions], self._ios(owners)
         if len(heads) == 1:
-            logits = linear(states, next(iter(heads)).head.matrix).float()
+            logits = next(iter(heads)).head(states).float()
         else:
             of_position = owners.to(positions.device)[positions // hidden.shape[1]]
             logits = states.new_empty(len(states), self.rack.spec.vocab_size, dtype=torch.float32)
             for io, distances in heads.items():
                 rows = torch.isin(of_position, torch.tensor(distances, device=of_position.device))
-                logits[rows] = linear(states[rows], io.head.matrix).float()
+                logits[rows] = io.head(states[rows]).float()
         logits[:, list(self.banned)] = -torch.inf
         return logits
 
@@ -200,7 +199,7 @@ class Denoiser:
         )
         labels = example.labels.flatten()[example.scored]
         nll, right = [], []
-        size = chunk_rows(len(self.rack.head.matrix), device=hidden.device.type)
+        size = chunk_rows(self.rack.spec.vocab_size, device=hidden.device.type)
         for positions, wanted in zip(example.scored.split(size), labels.split(size), strict=True):
             logits = self._head(
                 hidden, positions, owners

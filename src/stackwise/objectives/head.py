@@ -11,6 +11,7 @@ from stackwise.objectives.base import Example, Objective
 
 if TYPE_CHECKING:
     from stackwise.model.block import Context
+    from stackwise.model.own_io import Head
     from stackwise.model.rack import Rack
 
 
@@ -22,6 +23,7 @@ def context_of(rack: Rack, example: Example) -> Context:
         example.position_ids,
         example.document_ids,
         time_step=example.time,
+        token_type_ids=example.token_types,
     )
 
 
@@ -35,14 +37,14 @@ def hidden_of(rack: Rack, objective: Objective, example: Example) -> Tensor:
 
 def head_loss(
     hidden: Tensor,
-    head_matrix: Tensor,
+    head: Head,
     example: Example,
     *,
     banned: int | None = None,
     z_loss: float = 0.0,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
-    """hidden [B, T, D], head_matrix [V, D] -> weighted sum of the losses in nats.
+    """hidden [B, T, D] -> weighted sum of the losses in nats.
 
     Where an example names its scored positions, the head is applied to those alone.
     """
@@ -54,9 +56,11 @@ def head_loss(
     elif weights is not None:
         weights = weights.repeat_interleave(hidden.shape[1])
     return linear_cross_entropy(
-        rows,
-        head_matrix,
+        head.inner(rows),
+        head.matrix,
         labels,
+        bias=head.bias,
+        softcap=head.softcap,
         row_weights=weights,
         banned=banned,
         z_loss=z_loss,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from stackwise.objectives.base import IGNORE, Example, Noise, input_ids_of
 from stackwise.objectives.gaussian import corrupt_embeddings, gaussian_noise
 from stackwise.objectives.head import head_loss
 from stackwise.objectives.schedules import NoiseSchedule
+
+if TYPE_CHECKING:
+    from stackwise.model.own_io import Head
 
 EVALUATION = 0x5EED_0F_E7A1
 """Mixed into the seed of corruptions for evaluation."""
@@ -91,6 +94,7 @@ class Masked:
             batch.get("position_ids"),
             batch.get("document_ids"),
             batch.get("sample_ids"),
+            batch.get("token_type_ids"),
             draws=keys.draws if self.draws != 1 else None,
             scored=scored_positions(labels),
         )
@@ -149,14 +153,14 @@ class Masked:
     # --- loss --------------------------------------------------------------------------------------------------
 
     def loss(
-        self, hidden: Tensor, head_matrix: Tensor, example: Example, rows_per_chunk: int | None = None
+        self, hidden: Tensor, head: Head, example: Example, rows_per_chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Objective.loss`. Predicting noise, the hidden states are compared with it."""
         if self.predict == "noise":
             return self._noise_loss(hidden, example), self.weight(example)
         total = head_loss(
             hidden,
-            head_matrix,
+            head,
             example,
             banned=self.banned,
             z_loss=self.z_loss,

@@ -119,9 +119,9 @@ def compare(config: StackWiseConfig, own: Plan) -> Comparison:
 
 
 def _row(config: StackWiseConfig, name: str, changes: Changes, own: Plan) -> Row:
-    from stackwise.model.describe import is_tied
+    from stackwise.config.embedding_rules import ties
 
-    model = {"model.tie_embeddings": is_tied(config)}
+    model = {"model.tie_embeddings": ties(config)}
     shared = {"training.stages": None, "training.unit": "stack", **model}
     keys = {**SHARED, "target_stacks": stacks_at_the_end(config), **changes}
     if not keys["enabled"]:

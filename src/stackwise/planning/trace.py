@@ -201,7 +201,7 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
             with autocast_to(situation.dtype, device):
                 new, hidden = (None, setup.forward(example)) if aim is None else setup.forward_past(example)
                 marks.start()
-                loss = objective.loss(hidden, rack.io.head.matrix, example, situation.loss_rows)[0]
+                loss = objective.loss(hidden, rack.io.head, example, situation.loss_rows)[0]
                 if aim is not None and new is not None:
                     loss = loss + aim.factor * distance(rack, objective, new, aim.lighter)
             loss = loss / objective.weight(example)

@@ -309,7 +309,7 @@ class Engine:
                 new, hidden = None, self.setup.forward(example)
             else:
                 new, hidden = self.setup.forward_past(example)
-            loss = self.objective.loss(hidden, self.rack.io.head.matrix, example, self._rows_per_chunk)[0]
+            loss = self.objective.loss(hidden, self.rack.io.head, example, self._rows_per_chunk)[0]
             if aim is None or new is None:
                 return loss
             return loss + aim.factor * distance(self.rack, self.objective, new, aim.lighter)

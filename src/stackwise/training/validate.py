@@ -48,7 +48,7 @@ def validate(
                 place += rows
                 example = objective.corrupt({**keys, **batch, "draws": keys["draws"]}, noise).to(rack.device)
                 hidden = hidden_of(rack, objective, example)
-                loss, weight = objective.loss(hidden, rack.io.head.matrix, example, rows_per_chunk)
+                loss, weight = objective.loss(hidden, rack.io.head, example, rows_per_chunk)
                 total += float(loss)
                 count += int(weight)
     if not count:

@@ -32,7 +32,7 @@ def prefix_hashes(rack: Rack, n_blocks: int) -> list[str]:
     running = hashlib.sha256()
     facts = {
         name: getattr(spec, name)
-        for name in ("vocab_size", "d_model", "positions", "norm_eps", "embedding_norm")
+        for name in ("vocab_size", "d_model", "positions", "norm_eps", "embedding_norm", "embedding_scale")
     }
     if spec.time is not None:
         facts["time"] = asdict(spec.time)

@@ -97,7 +97,7 @@ def test_the_loss_of_a_stage_is_the_same_with_and_without(kit, manager):
                 example.input_ids, example.attention_mask, example.position_ids, example.document_ids
             )
             hidden = model.norm(model.run(prefix_of(model, example), context, 4))
-            loss, weight = objective.loss(hidden, model.head.matrix, example)
+            loss, weight = objective.loss(hidden, model.head, example)
             (loss / weight).backward()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -125,7 +125,7 @@ def test_rounded_stores_change_the_loss_a_little(kit, tmp_path, dtype, bound):
     )
 
     def loss(x):
-        total, weight = CausalLM().loss(rack.norm(rack.run(x, context, 4)), rack.head.matrix, example)
+        total, weight = CausalLM().loss(rack.norm(rack.run(x, context, 4)), rack.head, example)
         return (total / weight).item()
 
     exact = loss(kit.computed(rack, example, 4))
