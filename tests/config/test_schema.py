@@ -60,24 +60,3 @@ def test_a_preset_says_what_it_is_and_runs_under_its_own_name(name):
     text = (FOLDER / f"{name}.yaml").read_text()
     assert text.startswith("# ")
     assert StackWiseConfig.from_yaml(name).training.run_id == name
-
-
-def test_the_presets_are_these():
-    assert preset_names() == [
-        "append-small",
-        "demo",
-        "diffusion-char",
-        "gpt2-small",
-        "shakespeare-char",
-        "tiny-llama",
-    ]
-
-
-def test_gpt2_small_has_the_size_of_gpt2():
-    config, _ = resolve(StackWiseConfig.from_yaml("gpt2-small"))
-    model = config.model
-    d, f, v = model.d_model, model.d_ff, model.vocab_size
-    block = (4 * d * d + 4 * d) + (2 * d * f + f + d) + 4 * d
-    total = v * d + model.max_seq_len * d + model.architecture.total_blocks * block + 2 * d
-    assert total == 124_439_808
-    assert model.tie_embeddings is True
