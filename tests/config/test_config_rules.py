@@ -64,6 +64,22 @@ BROKEN = [
     ("model: {n_kv_heads: 5}", "model.n_kv_heads", "must divide model.n_heads 12, got 5"),
     ("model: {n_kv_heads: 24}", "model.n_kv_heads", "allowed: 1, 2, 3, 4, 6, 12"),
     ("model: {freeze_up_proj: true, ffn_type: gelu}", "model.freeze_up_proj", "swiglu or geglu"),
+    ("model: {moe: {n_experts: 4, top_k: 5}}", "model.moe.top_k", "exceeds model.moe.n_experts 4, got 5"),
+    ("model: {moe: {n_experts: 6, groups: 4}}", "model.moe.groups", "allowed: 1, 2, 3, 6"),
+    ("model: {moe: {n_experts: 6, groups: 2, top_groups: 3}}", "model.moe.top_groups", "from 1 to 2"),
+    ("model: {moe: {n_experts: 8, groups: 8}}", "model.moe.top_k", "exceeds the 1 experts of 1 of 8 groups"),
+    ("model: {moe: {n_experts: 4, first_dense: 8}}", "model.moe.first_dense", "none of the 8 layers"),
+    ("model: {moe: {n_experts: 4, every: 9}}", "model.moe.every", "none of the 8 layers"),
+    (
+        "model: {moe: {n_experts: 4, first_dense: 1}}\ntraining: {progressive: {new_stack_init: copy}}",
+        "model.moe.first_dense",
+        "set training.progressive.new_stack_init to random",
+    ),
+    (
+        "model: {moe: {n_experts: 4, every: 3}}\ntraining: {progressive: {building_mode: grow}}",
+        "model.moe.every",
+        "blocks_per_stack a multiple of every",
+    ),
     (
         "model: {attention_preset: custom}",
         "model.attention_custom",

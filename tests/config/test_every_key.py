@@ -208,6 +208,7 @@ def own_loss(key: str) -> None:
         del sys.modules[module.__name__]
 
 
+MOE = {"model.moe.n_experts": 4}
 CUSTOM = {"model.attention_preset": "custom"}
 GROW = {"training.progressive.building_mode": "grow", "training.max_steps": 100}
 CYCLIC = {"training.progressive.building_mode": "cyclic", "training.max_steps": 100}
@@ -266,6 +267,21 @@ PROOFS: dict[str, Proof] = {
     "model.norm_eps": rack(1e-6),
     "model.ffn_type": rack("geglu"),
     "model.bias": rack(True),
+    "model.moe.n_experts": rack(4),
+    "model.moe.top_k": rack(3, MOE),
+    "model.moe.n_shared": rack(1, MOE),
+    "model.moe.d_ff": rack(32, MOE),
+    "model.moe.router": rack("sigmoid", MOE),
+    "model.moe.normalise": rack(False, MOE),
+    "model.moe.scale": rack(2.5, MOE),
+    "model.moe.groups": rack(2, MOE),
+    "model.moe.top_groups": rack(2, {**MOE, "model.moe.groups": 4, "model.moe.top_k": 1}),
+    "model.moe.balancing": rack("bias", MOE),
+    "model.moe.aux_weight": rack(0.1, MOE),
+    "model.moe.bias_rate": rack(0.1, MOE),
+    "model.moe.z_weight": rack(0.1, MOE),
+    "model.moe.every": rack(2, MOE),
+    "model.moe.first_dense": rack(1, MOE),
     "model.freeze_up_proj": rack(True),
     "model.dropout": rack(0.1),
     "model.pos_encoding": rack("sinusoidal"),

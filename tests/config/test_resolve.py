@@ -84,6 +84,7 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
         "training.progressive.cache_activations",
         "training.progressive.cache_max_bytes",
         "training.progressive.trunk_precision",
+        "model.moe.d_ff",
         "data.path",
         "data.eval_path",
         "data.max_bytes",

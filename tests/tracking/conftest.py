@@ -155,6 +155,7 @@ def _events(
                     rss_bytes=rss,
                 )
         evaluation = loss + 0.06
+        yield event("experts", step=step, stage=i, max_load=1.4, min_load=0.7, loss=0.01)
         yield event(
             "checkpoint",
             step=step,

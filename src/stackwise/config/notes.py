@@ -10,6 +10,7 @@ from stackwise.config import (
     cache_rules,
     embedding_rules,
     generation_rules,
+    moe_rules,
     objective_rules,
     precision_rules,
     residency_rules,
@@ -216,6 +217,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         )
         for name in ("weight", "clip")
     ),
+    *moe_rules.INERT,
     *adapter_rules.INERT,
     *precision_rules.INERT,
     *residency_rules.INERT,

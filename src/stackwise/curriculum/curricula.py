@@ -130,12 +130,11 @@ def prepend(config: StackWiseConfig, steps: int) -> list[Stage]:
 def _one_by_one(config: StackWiseConfig, steps: int, op: str) -> list[Stage]:
     training, progressive = config.training, config.training.progressive
     shapes = stack_blocks(config)
+    unlike = config.model.stacks is not None or any(shape != shapes[0] for shape in shapes)
     listed: list[Stage] = []
     for k, budget in enumerate(choices.stack_budgets(config, steps)):
         blocks = shapes[k if op == "append" else -1 - k]
-        growth = Growth(
-            op, len(blocks), progressive.new_stack_init, blocks=blocks if config.model.stacks else None
-        )
+        growth = Growth(op, len(blocks), progressive.new_stack_init, blocks=blocks if unlike else None)
         place, at_head = k if op == "append" else 0, op == "append"
         for i, (piece, what, part) in enumerate(choices.pieces(config, "new", place, len(blocks), budget)):
             first = not listed

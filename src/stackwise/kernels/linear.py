@@ -40,7 +40,7 @@ class _Linear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         bias = bias if bias is None else bias.to(dtype)
-        return product(x.reshape(-1, x.shape[-1]), weight.to(dtype), bias).view(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight.to(dtype), bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache
+from stackwise.model.experts import Experts
 from stackwise.model.names import PlainNames
 from stackwise.model.own_io import InOut
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
+from stackwise.model.router import Routing
 from stackwise.model.short_conv import ShortConv
 from stackwise.model.spec import AdapterSpec, StackSpec
 from stackwise.model.spectral import add_spectral_norm
@@ -29,6 +31,8 @@ class Context(NamedTuple):
     time: Condition | None = None
     token_types: Tensor | None = None
     """int64 [B, T]: kind of sentence of every token."""
+    routing: Routing | None = None
+    """What routers of experts tell a training loop; null: nobody asks."""
 
 
 class Block(PlainNames):
@@ -57,7 +61,8 @@ class Block(PlainNames):
         self.attn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
         self.attn = ATTENTIONS.get(spec.attention_type)(spec)
         self.ffn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
-        self.ffn = FEED_FORWARDS.get(spec.ffn_type)(spec)
+        make_ffn = Experts if spec.experts is not None else FEED_FORWARDS.get(spec.ffn_type)
+        self.ffn: Any = make_ffn(spec)
         self.attn_conv = (
             ShortConv(spec.d_model, spec.short_conv, "attn", not spec.causal) if spec.short_conv else None
         )
@@ -99,7 +104,7 @@ class Block(PlainNames):
     def _feed(self, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:
         if self.ffn_conv is not None:
             x_BTD = self.ffn_conv(x_BTD, context.visibility, cache)
-        return self.ffn(x_BTD)
+        return self.ffn(x_BTD, context) if self.spec.experts is not None else self.ffn(x_BTD)
 
     def _add(self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.Module | None = None) -> Tensor:
         if norm is not None:
@@ -115,13 +120,20 @@ class Block(PlainNames):
 
     def output_projections(self) -> list[nn.Module]:
         """The layers that write into the residual stream; zeroed, the block is the identity (pre-norm)."""
-        return [self.attn.o, self.ffn.down]
+        return [self.attn.o, *(ffn.down for ffn in self.feed_forwards())]
+
+    def feed_forwards(self) -> list[Any]:
+        """The feed-forward, or all experts, shared ones last."""
+        if not isinstance(self.ffn, Experts):
+            return [self.ffn]
+        return [*self.ffn.experts, *([] if self.ffn.shared is None else [self.ffn.shared])]
 
     def requires_grad_(self, requires_grad: bool = True) -> Block:
         """Thaw or freeze; a frozen up projection stays frozen."""
         super().requires_grad_(requires_grad)
         if self.spec.freeze_up_proj:
-            self.ffn.up.requires_grad_(False)
+            for ffn in self.feed_forwards():
+                ffn.up.requires_grad_(False)
         return self
 
 

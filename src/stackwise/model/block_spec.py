@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.rope_scaling import RopeScaling
 from stackwise.model.settings import FFN_TYPES, default_d_ff
 
 NORM_PLACEMENTS = ("pre", "post", "both")
-NESTED: dict[str, Any] = {"rope_scaling": RopeScaling}
+NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "experts": ExpertSpec}
 """Fields of a block's description that are descriptions of their own."""
 
 
@@ -45,6 +46,7 @@ class BlockSpec:
     head_width: int = 0
     attention_bias: str = ""
     rope_scaling: RopeScaling | None = None
+    experts: ExpertSpec | None = None
 
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:

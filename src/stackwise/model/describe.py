@@ -10,6 +10,7 @@ from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import appends, stacks_at_the_end
 from stackwise.model.attention_settings import AttentionFields
 from stackwise.model.block_spec import BlockSpec
+from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.settings import ModelSettings, attention_fields
 from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 
@@ -36,8 +37,17 @@ def _options(model: ModelSettings) -> dict[str, Any]:
     }
 
 
-def block_spec(model: ModelSettings) -> BlockSpec:
-    """One block as the model settings describe it."""
+def expert_spec(model: ModelSettings, layer: int | None) -> ExpertSpec | None:
+    """The experts of a layer, counted from the embedding; null: it is dense. `layer` null: one that has experts."""
+    moe = model.moe
+    if not (moe.n_experts if layer is None else moe.at(layer)):
+        return None
+    fields = moe.model_dump(exclude={"d_ff", "every", "first_dense"})
+    return ExpertSpec(width=moe.d_ff or 0, **fields)
+
+
+def block_spec(model: ModelSettings, layer: int | None = None) -> BlockSpec:
+    """One block as the model settings describe it; `layer` is its place from the embedding, null where that is open."""
     return BlockSpec(
         d_model=model.d_model,
         n_heads=model.n_heads,
@@ -56,6 +66,7 @@ def block_spec(model: ModelSettings) -> BlockSpec:
         head_width=model.head_dim or 0,
         attention_bias=model.attention_bias or "",
         rope_scaling=model.scaled_rope,
+        experts=expert_spec(model, layer),
         **_options(model),
     )
 
@@ -81,11 +92,16 @@ def tail_blocks(config: StackWiseConfig) -> int:
 def stack_blocks(config: StackWiseConfig) -> list[tuple[BlockSpec, ...]]:
     """The blocks of every stack of the finished rack, by position."""
     model, count = config.model, stacks_at_the_end(config)
+    each = model.architecture.blocks_per_stack
     if model.stacks is None:
-        return [(block_spec(model),) * model.architecture.blocks_per_stack] * count
+        sizes, models = [each] * count, [model] * count
+    else:
+        sizes = [stack.n_blocks or each for stack in model.stacks[:count]]
+        models = [stack.applied_to(model) for stack in model.stacks[:count]]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
-        (block_spec(stack.applied_to(model)),) * (stack.n_blocks or model.architecture.blocks_per_stack)
-        for stack in model.stacks[:count]
+        tuple(block_spec(own, first + i) for i in range(size))
+        for own, size, first in zip(models, sizes, firsts, strict=True)
     ]
 
 
@@ -98,7 +114,8 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it, or let the tokenizer of a run set it")
     stacks = stack_blocks(config)
-    tail = (block_spec(model),) * tail_blocks(config)
+    behind = sum(map(len, stacks))
+    tail = tuple(block_spec(model, behind + i) for i in range(tail_blocks(config)))
     count = len(stacks) if n_stacks is None else n_stacks
     built = [*stacks, *(stacks[-1:] * (count - len(stacks)))][:count]
     return RackSpec(

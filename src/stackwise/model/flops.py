@@ -26,21 +26,43 @@ ATTENTION_INPUTS = ("attn.q", "attn.k", "attn.v")
 
 def block_matrices(spec: BlockSpec) -> dict[str, tuple[int, int]]:
     """Name -> (outputs, inputs) of the matrices of a block, in the order in which they are used."""
-    kv_width, width, wide = spec.n_kv_heads * spec.head_dim, spec.d_model, spec.d_ff
+    kv_width, width = spec.n_kv_heads * spec.head_dim, spec.d_model
     matrices = {
         "attn.q": (spec.query_width, width),
         "attn.k": (kv_width, width),
         "attn.v": (kv_width, width),
         "attn.o": (width, spec.query_width),
     }
+    moe = spec.experts
+    if moe is None:
+        return {**matrices, **_feed_forward("ffn", spec, spec.d_ff)}
+    wide = moe.width or spec.d_ff
+    matrices["ffn.router"] = (moe.n_experts, width)
+    for i in range(moe.n_experts):
+        matrices |= _feed_forward(f"ffn.experts.{i}", spec, wide)
+    return matrices | (_feed_forward("ffn.shared", spec, moe.n_shared * wide) if moe.n_shared else {})
+
+
+def _feed_forward(prefix: str, spec: BlockSpec, wide: int) -> dict[str, tuple[int, int]]:
+    shapes = {"up": (wide, spec.d_model), "down": (spec.d_model, wide)}
     if FFN_TYPES.get(spec.ffn_type, False):
-        matrices["ffn.gate"] = (wide, width)
-    return {**matrices, "ffn.up": (wide, width), "ffn.down": (width, wide)}
+        shapes = {"gate": (wide, spec.d_model), **shapes}
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+def visited(spec: BlockSpec, name: str) -> float:
+    """Share of the tokens that a matrix of a block sees: below 1 for those of experts."""
+    return spec.experts.share if spec.experts is not None and name.startswith("ffn.experts.") else 1.0
 
 
 def block_matrix_parameters(spec: BlockSpec) -> int:
-    """Numbers in the matrices of a block."""
+    """Numbers in the matrices of a block, all experts included."""
     return sum(rows * columns for rows, columns in block_matrices(spec).values())
+
+
+def active_matrix_parameters(spec: BlockSpec) -> float:
+    """Numbers in the matrices of a block that a token meets."""
+    return sum(visited(spec, name) * rows * columns for name, (rows, columns) in block_matrices(spec).items())
 
 
 def attention_flops(spec: BlockSpec, seq_len: int) -> float:
@@ -51,7 +73,7 @@ def attention_flops(spec: BlockSpec, seq_len: int) -> float:
 
 def block_forward_flops(spec: BlockSpec, seq_len: int) -> float:
     """FLOP per token of one block's forward pass over rows of `seq_len` tokens."""
-    return 2.0 * block_matrix_parameters(spec) + attention_flops(spec, seq_len)
+    return 2.0 * active_matrix_parameters(spec) + attention_flops(spec, seq_len)
 
 
 def adapter_numbers(adapter: AdapterSpec, rows: int, columns: int) -> int:
@@ -64,6 +86,8 @@ def adapter_numbers(adapter: AdapterSpec, rows: int, columns: int) -> int:
 def targets(adapter: AdapterSpec, name: str) -> bool:
     """Whether a set sits on the layer `name` of a block, such as attn.q."""
     leaf = name.rpartition(".")[2]
+    if leaf == "router":
+        return False
     if "all-linear" in adapter.targets or leaf in adapter.targets or name in adapter.targets:
         return True
     return len(adapter.targets) == 1 and re.fullmatch(adapter.targets[0], name) is not None
@@ -200,19 +224,22 @@ def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, b
         if name == "attn.o":
             reached[name] = any(gives(n) for n in ATTENTION_INPUTS)
             backward += 2 * attention * reached[name]
-        elif name == "ffn.down":
-            reached[name] = any(gives(n) for n in ("ffn.gate", "ffn.up") if n in matrices)
+        elif name.endswith(".down"):
+            before = name.removesuffix("down")
+            reached[name] = any(gives(before + n) for n in ("gate", "up") if before + n in matrices)
         elif name not in reached:
             reached[name] = flows or gives("attn.o") or trains
-        product = 2.0 * rows * columns
-        weight_trains = trains and not (block.freeze_up_proj and name == "ffn.up")
+        seen = visited(block, name)
+        product = 2.0 * rows * columns * seen
+        weight_trains = trains and not (block.freeze_up_proj and name.endswith(".up"))
         forward += product
         backward += product * (reached[name] + weight_trains)
         for adapter in work.sets:
             if targets(adapter, name):
                 added = _adapter_flops(adapter, rows, columns, adapter.name in work.learning, reached[name])
-                forward, backward = forward + added[0], backward + added[1]
-    return forward, backward, flows or gives("ffn.down") or gives("attn.o")
+                forward, backward = forward + seen * added[0], backward + seen * added[1]
+    last = any(gives(name) for name in matrices if name.endswith((".down", "attn.o")))
+    return forward, backward, flows or last
 
 
 def _adapter_flops(

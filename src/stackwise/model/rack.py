@@ -20,6 +20,7 @@ from stackwise.model.modes import autocast_to
 from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.model.own_io import Head, InOut
 from stackwise.model.registry import POSITION_LAYERS
+from stackwise.model.router import Routing
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import fold_spectral_norm, follow_weights
 from stackwise.model.time import Condition, TimeInput
@@ -103,6 +104,8 @@ class Rack(PlainNames):
         self.norm, self.head = ends.norm, ends.head
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
         self.runner: Runner = run_block
+        self.routing: Routing | None = None
+        """Who is told what routers of experts do; see `model.router.routed`."""
         self.span: tuple[int, int | None] = (0, None)
         """The blocks that run, from one to before another; all, but while a stack trains alone."""
         start = Start.of(spec, seed)
@@ -347,7 +350,8 @@ class Rack(PlainNames):
         capacity = None if cache is None else cache.capacity
         visibility = Visibility(n_new, past, attention_mask, document_ids, input_ids.device, capacity)
         told = self._told(time_step, input_ids.shape[0])
-        return Context(visibility, position_ids, limit, told, self._kinds(token_type_ids, input_ids))
+        kinds = self._kinds(token_type_ids, input_ids)
+        return Context(visibility, position_ids, limit, told, kinds, self.routing)
 
     def _kinds(self, token_type_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
         """The kinds of sentences, checked: ValueError where there are none or of another shape, IndexError beyond."""

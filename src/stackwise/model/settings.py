@@ -17,6 +17,7 @@ from stackwise.config.types import (
     UnitFloat,
 )
 from stackwise.model.attention_settings import AttentionFields, Preset
+from stackwise.model.moe_settings import MoeSettings
 from stackwise.model.position_settings import RopeScalingSettings
 from stackwise.model.rope_scaling import RopeScaling
 
@@ -123,6 +124,8 @@ class ModelSettings(Settings):
     """Added to the variance inside the norms."""
     ffn_type: Annotated[str, OneOf(FFN_TYPES)] = "swiglu"
     """Feed-forward: gated (swiglu, geglu) or an activation between two linears."""
+    moe: MoeSettings = Field(default_factory=MoeSettings)
+    """Mixtures of experts in the place of feed-forwards."""
     bias: Flag = False
     """Give every linear of the blocks a bias, and layernorm a shift."""
     attention_bias: Literal["none", "qkv", "all"] | None = None

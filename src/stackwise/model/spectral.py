@@ -110,7 +110,12 @@ def add_spectral_norm(stack: Stack) -> None:
             f"stack {stack.uid!r} has adapters, which change its matrices behind the spectral norm; switch off "
             "model.spectral_norm, or training.progressive.qlora_enabled"
         )
-    frozen = {block.ffn.up for block in stack.blocks if block.spec.freeze_up_proj}  # type: ignore[union-attr]
+    frozen = {
+        ffn.up
+        for block in stack.blocks
+        if block.spec.freeze_up_proj  # type: ignore[union-attr]
+        for ffn in block.feed_forwards()  # type: ignore[operator]
+    }
     for parent, name, layer in _places(stack, Linear):
         if layer not in frozen:
             setattr(parent, name, SpectralLinear(layer))  # type: ignore[arg-type]

@@ -47,6 +47,11 @@ class Visibility:
         self._made: dict[bool, Mask] = {}
         self._same: list[Tensor] = []
 
+    @property
+    def present(self) -> Tensor | None:
+        """bool [B, T]: which of the new tokens are real; null: all."""
+        return None if self.padding is None else self.padding[:, self.past :]
+
     def mask(self, causal: bool) -> Mask:
         if causal not in self._made:
             self._made[causal] = self._make(causal)

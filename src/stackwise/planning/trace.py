@@ -21,6 +21,7 @@ from stackwise.model.block import Block, Context
 from stackwise.model.cache import BlockCache
 from stackwise.model.modes import autocast_to
 from stackwise.model.rack import Rack, recompute_block, run_block
+from stackwise.model.router import routed
 from stackwise.objectives.base import Example
 from stackwise.objectives.causal import CausalLM
 from stackwise.planning.fake import fake_tensors, without_storage
@@ -199,7 +200,10 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
             example = _example(situation)
             aim = None if setup.consistency is None else Aim(_example(situation), torch.ones(()))
             with autocast_to(situation.dtype, device):
-                new, hidden = (None, setup.forward(example)) if aim is None else setup.forward_past(example)
+                with routed(rack, 1.0):
+                    new, hidden = (
+                        (None, setup.forward(example)) if aim is None else setup.forward_past(example)
+                    )
                 marks.start()
                 loss = objective.loss(hidden, rack.io.head, example, situation.loss_rows)[0]
                 if aim is not None and new is not None:

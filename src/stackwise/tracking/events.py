@@ -84,6 +84,13 @@ FIELDS: dict[str, dict[str, str]] = {
         "seconds": "float",
         "rss_bytes": "int?",
     },
+    "experts": {
+        "step": "int",
+        "stage": "int",
+        "max_load": "float",
+        "min_load": "float",
+        "loss": "float",
+    },
     "eval": {
         "step": "int",
         "stage": "int",

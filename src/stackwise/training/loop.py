@@ -30,6 +30,7 @@ from stackwise.model.rack import Rack
 from stackwise.objectives.base import Example, Objective
 from stackwise.objectives.build import objective_of
 from stackwise.training import records
+from stackwise.training.balance import Balance
 from stackwise.training.consistency import Aim, consistency_of, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in, run_format
@@ -256,6 +257,7 @@ class Engine:
         # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
         weight = torch.stack([self.objective.weight(example) for example in examples]).sum().clamp_min(1)
         aims = self._aims(batches, weight)
+        self.balance = Balance(self.rack, examples, self.scaler if self.scaling else None)
         total = torch.zeros((), device=self.device)
         counted = StepBytes(self.rack) if p.stage_step == 0 else None
         with nullcontext() if counted is None else counted.counting():
@@ -280,6 +282,7 @@ class Engine:
             if norm_value > limit:
                 optimizers.clip(limit, norm)
             self._apply(optimizers)
+            self.balance.settle()
             self._note_loss(loss_value)
         else:
             self._not_finite(stage, loss_value, norm_value)
@@ -304,7 +307,7 @@ class Engine:
     def _loss(self, example: Example, aim: Aim | None = None) -> Tensor:
         """Summed loss of one micro-batch."""
         assert self.setup is not None
-        with computing_in(self.dtype, self.device):
+        with computing_in(self.dtype, self.device), self.balance.listening():
             if aim is None:
                 new, hidden = None, self.setup.forward(example)
             else:
@@ -397,7 +400,8 @@ class Engine:
         then, tokens = self._logged_at
         self._logged_at = (now, p.tokens)
         rate = (p.tokens - tokens) / max(now - then, 1e-9)
-        self.hooks.emit(records.step(p, self.lr, self.grad_norm, rate))
+        for event in (records.step(p, self.lr, self.grad_norm, rate), *self.balance.events(p)):
+            self.hooks.emit(event)
         p.loss_sum, p.loss_count = 0.0, 0
 
     def _count_stored(self) -> None:
