@@ -76,7 +76,12 @@ WRONG = [
         "model: {attention_overrides: {attention_mod: causal}}",
         ["model.attention_overrides.attention_mod: unknown key", "attention_mode'?"],
     ),
-    ("model: {attention_custom: {kernel_dim: 8}}", ["model.attention_custom.kernel_dim: unknown key"]),
+    (
+        "model: {attention_custom: {kernel_dims: 8}}",
+        ["attention_custom.kernel_dims: unknown key", "kernel_dim'?"],
+    ),
+    ("model: {attention_custom: {kernel_dim: 0}}", ["attention_custom.kernel_dim: wrong value, got 0"]),
+    ("model: {attention_preset: mlgk}", ["model.attention_preset", "did you mean 'mlgka'?"]),
     # wrong types
     ("model: 3", ["c.yaml:1: model: wrong value, got 3; allowed: map of d_model"]),
     ("model: {d_model: true}", ["model.d_model: wrong value, got true; allowed: whole number >= 1"]),
@@ -123,8 +128,8 @@ WRONG = [
     ("model: {norm: batchnorm}", ["model.norm: not a known name", "allowed: rmsnorm, layernorm"]),
     ("model: {pos_encoding: alibi}", ["model.pos_encoding", "rope, learned, sinusoidal, none, null"]),
     (
-        "model: {attention_overrides: {attention_type: mla}}",
-        ["attention_overrides.attention_type", "allowed: mha"],
+        "model: {attention_overrides: {attention_type: mls}}",
+        ["attention_overrides.attention_type", "allowed: mha, mla"],
     ),
     ("training: {optimizer: {optimizer_type: adamw}}", ["did you mean 'AdamW'?"]),
     ("training: {lr_schedule: cosin}", ["training.lr_schedule", "did you mean 'cosine'?"]),

@@ -17,6 +17,8 @@ DEPTH = (
     "training: {progressive: {building_mode: independent, training_objective: diffusion, %s}}"
 )
 
+MLA = "model: {attention_preset: mla_attention, attention_overrides: {attention_mode: causal, %s}}"
+
 BROKEN = [
     (
         "model: {d_model: 100}",
@@ -513,6 +515,36 @@ BROKEN = [
     ("data: {source: text}", "data.path", "the source text needs a path, got null; allowed: files or globs"),
     ("data: {source: hf}", "data.path", "the name of a data set"),
     ("data: {path: a.txt}", "data.path", "the source stdlib reads no path"),
+    (MLA % "mla_rope_dim: 3", "model.attention_overrides.mla_rope_dim", "an even number such as 4"),
+    (MLA % "mla_rope_dim: 0", "model.attention_overrides.mla_rope_dim", "would see no positions"),
+    (
+        "model: {attention_preset: custom, attention_custom: {attention_type: mla, attention_mode: causal, "
+        "mla_rope_dim: 4}, pos_encoding: learned}",
+        "model.attention_custom.mla_rope_dim",
+        "is for rotary positions, not for learned, got 4; allowed: 0, null",
+    ),
+    (MLA % "qk_norm: true", "model.attention_overrides.qk_norm", "mla normalises its latents"),
+    (
+        "model: {attention_preset: mla_attention, qk_norm: true, attention_overrides: {attention_mode: causal}}",
+        "model.qk_norm",
+        "mla normalises its latents",
+    ),
+    (
+        "model: {attention_overrides: {kernel_type: laplacian, kernel_mode: linear}}",
+        "model.attention_overrides.kernel_mode",
+        "the laplacian kernel has no positive random features",
+    ),
+    (
+        "model: {attention_preset: mlgka, attention_overrides: {attention_mode: causal, kernel_mode: linear}}",
+        "model.attention_overrides.kernel_mode",
+        "got 'linear'; allowed: score, exact",
+    ),
+    (
+        "model: {stacks: [{}, {attention_preset: mla_attention, attention_overrides: {attention_mode: causal, "
+        "mla_rope_dim: 5}}]}\ntraining: {progressive: {new_stack_init: random}}",
+        "model.stacks.1.attention_overrides.mla_rope_dim",
+        "rope rotates pairs",
+    ),
 ]
 
 
@@ -540,6 +572,10 @@ def test_rules_and_notes_name_keys_that_exist():
 
 
 ALLOWED = [
+    MLA % "mla_rq: 0",
+    MLA % "kernel_type: gaussian, kernel_mode: linear",
+    "model: {attention_overrides: {kernel_mode: linear}}",
+    "model: {pos_encoding: none, attention_preset: mla_attention, attention_overrides: {attention_mode: causal}}",
     "model: {d_model: 12, n_heads: 4, pos_encoding: none}",
     "model: {d_model: 100, n_heads: 12, head_dim: 8}",
     "model: {max_seq_len: 4096, rope_scaling: {type: yarn, original_max_seq_len: 2048}}",
@@ -588,12 +624,31 @@ def test_attention_presets():
     def attention(**model):
         return StackWiseConfig(model=model).model.attention
 
-    assert attention() == {
+    plain = {
         "attention_type": "mha",
         "attention_mode": "causal",
         "n_kv_heads": 12,
         "qk_norm": False,
+        "kernel_type": "linear",
+        "kernel_dim": 64,
+        "kernel_mode": "score",
+        "kernel_bandwidth": 1.0,
+        "kernel_norm": "l2",
+        "mla_rq": 192,
+        "mla_rkv": 96,
+        "mla_rope_dim": 32,
     }
+    assert attention() == plain
+    assert attention(attention_preset="mla_attention") == plain | {
+        "attention_type": "mla",
+        "attention_mode": "bidirectional",
+    }
+    assert attention(attention_preset="mla_attention", pos_encoding="none")["mla_rope_dim"] == 0
+    assert attention(attention_preset="mla_attention", n_heads=128)["mla_rope_dim"] == 2
+    kernel = {"attention_mode": "bidirectional", "kernel_type": "gaussian"}
+    assert attention(attention_preset="kernel_attention") == plain | kernel
+    mlgka = {"attention_type": "mla", "attention_mode": "bidirectional", "n_kv_heads": 3}
+    assert attention(attention_preset="mlgka") == plain | mlgka | {"kernel_type": "laplacian"}
     assert attention(attention_preset="bert_style")["attention_mode"] == "bidirectional"
     gqa = attention(attention_preset="efficient_gqa")
     assert (gqa["attention_mode"], gqa["n_kv_heads"]) == ("bidirectional", 3)
@@ -613,6 +668,26 @@ NOTED = [
     (
         "model: {tie_embeddings: true, tie_adapter: transpose}",
         "model.tie_adapter has no effect: the head is not tied to a table of another width",
+    ),
+    (
+        "model: {attention_overrides: {mla_rq: 5}}",
+        "attention_overrides.mla_rq has no effect: the attention is not mla",
+    ),
+    ("model: {attention_overrides: {kernel_dim: 5}}", "no random features are drawn"),
+    (
+        "model: {attention_preset: custom, attention_custom: {attention_mode: causal, kernel_norm: l1}}",
+        "model.attention_custom.kernel_norm has no effect: the kernel is not laplacian",
+    ),
+    ("model: {attention_overrides: {kernel_bandwidth: 2.0}}", "the linear kernel has no bandwidth"),
+    (MLA % "mla_rkv: 1536", "the cache grows instead of shrinking"),
+    ("model: {attention_overrides: {kernel_type: uniform}}", "it is not rotation invariant"),
+    (
+        "model: {attention_overrides: {kernel_type: laplacian, kernel_norm: l1}}",
+        "of the l1 norm under rotary",
+    ),
+    (
+        "model: {attention_overrides: {kernel_type: gaussian, kernel_mode: exact}}",
+        "all pairs of tokens at once",
     ),
     ("model: {attention_custom: {qk_norm: true}}", "model.attention_custom has no effect"),
     (
@@ -938,7 +1013,10 @@ def test_n_blocks_alone_gives_the_number_of_stacks(model):
         ({"n_blocks": 7}, "must be a multiple of blocks_per_stack, got 7"),
         ({"n_blocks": "8"}, "model.n_blocks: wrong value, got '8'; allowed: whole number >= 1"),
         ({"n_blocks": 8, "architecture": {"n_blocks": 12}}, "model.architecture.n_blocks: must equal"),
-        ({"attention_type": "mla"}, "model.attention_type: wrong value, got 'mla'; allowed: mha, standard"),
+        (
+            {"attention_type": "mls"},
+            "model.attention_type: wrong value, got 'mls'; allowed: mha, mla, standard",
+        ),
         ({"attention_type": 3}, "model.attention_type: wrong value, got 3"),
     ],
 )

@@ -128,6 +128,16 @@ def item(
     return proof
 
 
+def attention_keys(section: str, others: dict[str, Any]) -> dict[str, Proof]:
+    """Proofs of the keys of latents and kernels in one section."""
+    return {
+        f"{section}.{name}": rack(
+            to, {**others, **{f"{section}.{key}": value for key, value in given.items()}}
+        )
+        for name, (to, given) in ATTENTION.items()
+    }
+
+
 def program(config: StackWiseConfig) -> Any:
     return stages(config, steps_per_epoch=100)
 
@@ -210,6 +220,19 @@ def own_loss(key: str) -> None:
 
 MOE = {"model.moe.n_experts": 4}
 CUSTOM = {"model.attention_preset": "custom"}
+MLA = {"attention_type": "mla"}
+KERNEL = {"kernel_type": "laplacian"}
+ATTENTION: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mla_rq": (0, MLA),
+    "mla_rkv": (7, MLA),
+    "mla_rope_dim": (6, MLA),
+    "kernel_type": ("uniform", {}),
+    "kernel_dim": (8, KERNEL),
+    "kernel_mode": ("exact", KERNEL),
+    "kernel_bandwidth": (2.0, KERNEL),
+    "kernel_norm": ("l1", KERNEL),
+}
+"""Keys of latents and kernels: a value, and the keys beside which it has an effect."""
 GROW = {"training.progressive.building_mode": "grow", "training.max_steps": 100}
 CYCLIC = {"training.progressive.building_mode": "cyclic", "training.max_steps": 100}
 ALONE = {"training.progressive.building_mode": "independent", "training.max_steps": 100}
@@ -261,6 +284,8 @@ PROOFS: dict[str, Proof] = {
     "model.attention_overrides.attention_type": own_attention(rack("own")),
     "model.attention_overrides.attention_mode": rack("bidirectional"),
     "model.attention_overrides.qk_norm": rack(True),
+    **attention_keys("model.attention_custom", CUSTOM),
+    **attention_keys("model.attention_overrides", {}),
     "model.qk_norm": rack(True),
     "model.norm": rack("layernorm"),
     "model.norm_placement": rack("post"),
@@ -313,6 +338,12 @@ PROOFS: dict[str, Proof] = {
     ),
     "model.stacks.N.attention_overrides.attention_mode": shape("bidirectional"),
     "model.stacks.N.attention_overrides.qk_norm": shape(True),
+    **{
+        f"model.stacks.N.attention_overrides.{name}": item(
+            rack_spec, to, [{}, {"attention_overrides": given}], model__vocab_size=97
+        )
+        for name, (to, given) in ATTENTION.items()
+    },
     "model.stacks.N.dropout": shape(0.1),
     "model.stacks": rack([{}, {"d_ff": 96}]),
     "objective.mask_fraction": lessons(0.5, MASKED),

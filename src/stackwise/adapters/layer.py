@@ -29,6 +29,7 @@ from stackwise.adapters.bottleneck import Bottleneck
 from stackwise.adapters.low_rank import low_rank
 from stackwise.adapters.mora import Mora
 from stackwise.kernels.linear import linear
+from stackwise.model.linear import matrix_of
 
 
 @dataclass
@@ -126,6 +127,14 @@ class AdaptedLinear(PeftLinear):
             )
         bias: Any = self.base_layer.bias
         return linear(x, self.merged_weight, bias)
+
+    def matrix(self) -> Tensor | None:
+        """What the input is multiplied with; null while sets that are not merged add to it."""
+        if self.disable_adapters:
+            return matrix_of(self.base_layer)
+        if any(n not in self.merged_adapters for n in self.active_adapters if self.method_of(n) is not None):
+            return None
+        return matrix_of(self.base_layer) if self.merged_weight is None else self.merged_weight
 
     def _change(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """What a set adds to the output, in the set's dtype. `base`: the output without any set."""

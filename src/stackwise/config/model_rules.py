@@ -45,7 +45,10 @@ def rope_scaling_fits(config: StackWiseConfig) -> list[Problem]:
     except ValueError as error:
         return [Problem(SCALING, str(error))]
     assert scaling is not None
+    fields = config.model.attention
     width = config.model.head_dim or config.model.d_model // config.model.n_heads
+    if fields["attention_type"] == "mla":
+        width = fields["mla_rope_dim"]
     return [Problem(SCALING, text) for text in scaling.problems_of(width)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stackwise.config import (
     adapter_rules,
+    attention_rules,
     cache_rules,
     embedding_rules,
     generation_rules,
@@ -78,9 +79,11 @@ def trains_the_trunk(config: StackWiseConfig) -> bool:
 
 def _is_set(config: StackWiseConfig, key: str) -> bool:
     *sections, name = key.split(".")
-    section = config
+    section: Any = config
     for part in sections:
         section = getattr(section, part)
+    if section is None:
+        return False
     default = type(section).model_fields[name].get_default(call_default_factory=True)
     return name in section.model_fields_set and getattr(section, name) != default
 
@@ -219,6 +222,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ),
     *moe_rules.INERT,
     *adapter_rules.INERT,
+    *attention_rules.INERT,
     *precision_rules.INERT,
     *residency_rules.INERT,
     *cache_rules.INERT,
@@ -239,6 +243,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
 
 ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
     *adapter_rules.ADVICE,
+    *attention_rules.ADVICE,
     *objective_rules.ADVICE,
     *time_rules.ADVICE,
     (

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from stackwise.checkpoint.settings import CheckpointSettings
 from stackwise.config import (  # they add their rules
     adapter_rules,  # noqa: F401
+    attention_rules,  # noqa: F401
     embedding_rules,  # noqa: F401
     generation_rules,  # noqa: F401
     growth_rules,  # noqa: F401

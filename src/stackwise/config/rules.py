@@ -113,6 +113,8 @@ def heads_divide_the_width(config: StackWiseConfig) -> Problem | None:
 @rule("model.d_model", "model.n_heads", "model.head_dim", "model.pos_encoding", "model.use_rope")
 def head_width_is_even_under_rope(config: StackWiseConfig) -> Problem | None:
     model = config.model
+    if model.attention["attention_type"] == "mla":
+        return None  # which rotates numbers of their own
     if model.head_dim is not None:
         if not uses_rope(config) or model.head_dim % 2 == 0:
             return None
@@ -163,7 +165,7 @@ def custom_attention_has_fields(config: StackWiseConfig) -> Problem | None:
         "model.attention_custom",
         "the preset custom takes the attention's fields from here",
         None if config.model.attention_custom is None else {},
-        "map of attention_type, attention_mode, qk_norm",
+        "map of attention_type, attention_mode, kernel_type, ...",
         "or choose another model.attention_preset",
     )
 

@@ -8,12 +8,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stackwise.model.expert_spec import ExpertSpec
+from stackwise.model.parts import KernelSpec, LatentSpec
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
 from stackwise.model.rope_scaling import RopeScaling
 from stackwise.model.settings import FFN_TYPES, default_d_ff
 
 NORM_PLACEMENTS = ("pre", "post", "both")
-NESTED: dict[str, Any] = {"rope_scaling": RopeScaling, "experts": ExpertSpec}
+NESTED: dict[str, Any] = {
+    "rope_scaling": RopeScaling,
+    "experts": ExpertSpec,
+    "latent": LatentSpec,
+    "kernel": KernelSpec,
+}
 """Fields of a block's description that are descriptions of their own."""
 
 
@@ -47,6 +53,8 @@ class BlockSpec:
     attention_bias: str = ""
     rope_scaling: RopeScaling | None = None
     experts: ExpertSpec | None = None
+    latent: LatentSpec | None = None
+    kernel: KernelSpec | None = None
 
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:
@@ -76,8 +84,8 @@ class BlockSpec:
             found.append(
                 f"n_heads must divide d_model: {self.d_model} is no multiple of {self.n_heads}; or give head_width"
             )
-        elif self.rope_theta is not None and self.head_dim % 2:
-            found.append(f"rotary positions need an even head width, got {self.head_dim}")
+        elif self.rope_theta is not None and self.rope_width % 2:
+            found.append(f"rotary positions need an even head width, got {self.rope_width}")
         if self.n_kv_heads > self.n_heads or self.n_heads % self.n_kv_heads:
             found.append(f"n_kv_heads must divide n_heads: {self.n_kv_heads} does not divide {self.n_heads}")
         if self.short_conv < 0 or self.short_conv == 1:
@@ -100,6 +108,27 @@ class BlockSpec:
                 found += self.rope_scaling.problems_of(self.rope_width)
         if self.freeze_up_proj and not FFN_TYPES.get(self.ffn_type, True):
             found.append(f"freeze_up_proj needs a gated feed-forward (such as swiglu), got {self.ffn_type}")
+        return found + self._attention_problems()
+
+    def _attention_problems(self) -> list[str]:
+        found = []
+        if self.kernel is not None:
+            found.append("kernels are described, but not computed yet")
+        if (self.attention_type == "mla") != (self.latent is not None):
+            found.append(
+                "attention_type mla needs latent, a LatentSpec, which belongs to no other type; got "
+                f"{self.attention_type!r} and {self.latent}"
+            )
+        if self.latent is not None:
+            if self.qk_norm:
+                found.append(
+                    "qk_norm: mla normalises its latents, not its heads, so that decoding can absorb them"
+                )
+            if (self.rope_theta is None) != (self.latent.rope_dim == 0):
+                found.append(
+                    "mla rotates the rope_dim numbers of its latent: above 0 with rotary positions, else 0; got "
+                    f"{self.latent.rope_dim} and rope_theta {self.rope_theta}"
+                )
         return found
 
     @property
@@ -114,7 +143,7 @@ class BlockSpec:
     @property
     def rope_width(self) -> int:
         """Rotated numbers of a head."""
-        return self.head_dim
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
     def qkv_bias(self) -> bool:
@@ -125,6 +154,18 @@ class BlockSpec:
     def out_bias(self) -> bool:
         """Whether the projection out of attention has a bias."""
         return self.attention_bias == "all" if self.attention_bias else self.bias
+
+    @property
+    def query_key_width(self) -> int:
+        """Numbers of a head's query and key."""
+        if self.latent is None:
+            return self.head_dim
+        return (self.latent.nope_dim or self.head_dim) + self.latent.rope_dim
+
+    @property
+    def value_width(self) -> int:
+        """Numbers of a head's value."""
+        return (self.latent.value_dim if self.latent is not None else 0) or self.head_dim
 
     @classmethod
     def create(cls, options: Mapping[str, Any]) -> BlockSpec:

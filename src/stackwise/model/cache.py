@@ -51,6 +51,25 @@ class KeyValueCache(BlockCache):
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
+class LatentCache(BlockCache):
+    """One vector per token for keys and values of all heads: a buffer [B, capacity, C], filled from the left."""
+
+    def __init__(
+        self, batch: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.held = torch.empty(batch, capacity, width, dtype=dtype, device=device)
+
+    def update(self, x_BTC: Tensor) -> Tensor:
+        """Append T tokens; returns everything held so far as a view."""
+        start, stop = self.length, self.length + x_BTC.shape[1]
+        if stop > self.held.shape[1]:
+            raise ValueError(f"the cache holds {self.held.shape[1]} tokens, {stop} were asked for")
+        self.held[:, start:stop] = x_BTC
+        self.length = stop
+        return self.held[:, :stop]
+
+
 class RackCache:
     """The caches of all blocks of a rack, in forward order, made for up to `capacity` tokens (null: nobody said)."""
 

@@ -8,22 +8,35 @@ from typing import TYPE_CHECKING, Any
 from stackwise.config.embedding_rules import ties
 from stackwise.config.objective_rules import time_of
 from stackwise.config.rules import appends, stacks_at_the_end
-from stackwise.model.attention_settings import AttentionFields
+from stackwise.model.attention_settings import AttentionFields, attention_fields
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.expert_spec import ExpertSpec
-from stackwise.model.settings import ModelSettings, attention_fields
+from stackwise.model.parts import KernelSpec, LatentSpec
+from stackwise.model.settings import ModelSettings
 from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
 
 
-def attention_options(preset: str, n_heads: int, custom: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def attention_options(
+    preset: str,
+    d_model: int,
+    n_heads: int,
+    custom: Mapping[str, Any] | None = None,
+    positions: str = "rope",
+) -> dict[str, Any]:
     """Block options of a named attention preset. custom without fields: ValueError."""
     fields = AttentionFields(**custom) if custom is not None else None
     if preset == "custom" and fields is None:
         raise ValueError("attention_preset custom needs attention_custom with the attention's fields")
-    settings = ModelSettings(n_heads=n_heads, attention_preset=preset, attention_custom=fields)
+    settings = ModelSettings(
+        d_model=d_model,
+        n_heads=n_heads,
+        attention_preset=preset,
+        attention_custom=fields,
+        pos_encoding=positions,
+    )
     return _options(settings)
 
 
@@ -34,7 +47,24 @@ def _options(model: ModelSettings) -> dict[str, Any]:
         "causal": fields["attention_mode"] == "causal",
         "n_kv_heads": fields["n_kv_heads"],
         "qk_norm": fields["qk_norm"],
+        "latent": _latent(fields),
+        "kernel": _kernel(fields),
     }
+
+
+def _latent(fields: Mapping[str, Any]) -> LatentSpec | None:
+    if fields["attention_type"] != "mla":
+        return None
+    return LatentSpec(fields["mla_rq"], fields["mla_rkv"], fields["mla_rope_dim"])
+
+
+def _kernel(fields: Mapping[str, Any]) -> KernelSpec | None:
+    """Null for the linear kernel inside the softmax, which is plain attention."""
+    kind, mode = fields["kernel_type"], fields["kernel_mode"]
+    if kind == "linear" and mode != "linear":
+        return None
+    norm = fields["kernel_norm"] if kind == "laplacian" else "l2"
+    return KernelSpec(kind, mode, fields["kernel_dim"], fields["kernel_bandwidth"], norm)
 
 
 def expert_spec(model: ModelSettings, layer: int | None) -> ExpertSpec | None:

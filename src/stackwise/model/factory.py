@@ -49,7 +49,9 @@ def create_simple_rack(
         "dropout": dropout,
         "freeze_up_proj": freeze_up_proj,
         "rope_theta": rope_theta if use_rope else None,
-        **attention_options(attention_preset, n_heads, attention_custom),
+        **attention_options(
+            attention_preset, d_model, n_heads, attention_custom, "rope" if use_rope else "learned"
+        ),
     }
     if n_kv_heads is not None:
         options["n_kv_heads"] = n_kv_heads

@@ -2,9 +2,9 @@
 
 Counting follows the matrices: a matrix of P numbers costs 2P FLOP per token forward, 2P for the gradient to its
 input and 2P for the gradient to itself. Attention adds 4 T D per token forward over T visible positions (half of
-that when causal), and twice as much backward. Norms, activations, rotations and short convolutions are left out
-(under 1 %), and so is what is paid per row or step and not per token, such as telling the time of the noise or
-unpacking a 4-bit matrix.
+that when causal), and twice as much backward; `attention_flops` says what its other kinds cost. Norms, activations,
+rotations and short convolutions are left out (under 1 %), and so is what is paid per row or step and not per token,
+such as telling the time of the noise or unpacking a 4-bit matrix.
 
 In cost units, one block's forward pass is 1: a trained block costs 3, a frozen one before the first trained tensor 1,
 a frozen one behind it 2, and a block whose forward pass is repeated for the backward pass 1 more.
@@ -17,22 +17,20 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from stackwise.model.attention_flops import (
+    INTO_ATTENTION,
+    attention_flops,
+    attention_matrices,
+    feature_flops,
+)
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.settings import FFN_TYPES
 from stackwise.model.spec import AdapterSpec, RackSpec, StackSpec
 
-ATTENTION_INPUTS = ("attn.q", "attn.k", "attn.v")
-
 
 def block_matrices(spec: BlockSpec) -> dict[str, tuple[int, int]]:
     """Name -> (outputs, inputs) of the matrices of a block, in the order in which they are used."""
-    kv_width, width = spec.n_kv_heads * spec.head_dim, spec.d_model
-    matrices = {
-        "attn.q": (spec.query_width, width),
-        "attn.k": (kv_width, width),
-        "attn.v": (kv_width, width),
-        "attn.o": (width, spec.query_width),
-    }
+    width, matrices = spec.d_model, attention_matrices(spec)
     moe = spec.experts
     if moe is None:
         return {**matrices, **_feed_forward("ffn", spec, spec.d_ff)}
@@ -65,15 +63,9 @@ def active_matrix_parameters(spec: BlockSpec) -> float:
     return sum(visited(spec, name) * rows * columns for name, (rows, columns) in block_matrices(spec).items())
 
 
-def attention_flops(spec: BlockSpec, seq_len: int) -> float:
-    """FLOP per token of the two products of attention, forward, over rows of `seq_len` tokens."""
-    seen = (seq_len + 1) / 2 if spec.causal else seq_len
-    return 4.0 * seen * spec.query_width
-
-
 def block_forward_flops(spec: BlockSpec, seq_len: int) -> float:
     """FLOP per token of one block's forward pass over rows of `seq_len` tokens."""
-    return 2.0 * active_matrix_parameters(spec) + attention_flops(spec, seq_len)
+    return 2.0 * active_matrix_parameters(spec) + attention_flops(spec, seq_len) + feature_flops(spec)
 
 
 def adapter_numbers(adapter: AdapterSpec, rows: int, columns: int) -> int:
@@ -210,20 +202,27 @@ def step_units(
 def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, bool]:
     """(forward, backward, whether the output has a gradient) of a block whose input has one or not (`flows`)."""
     block, trains = work.spec, work.trains
-    matrices, attention = block_matrices(block), attention_flops(block, seq_len)
+    matrices, attention, features = (
+        block_matrices(block),
+        attention_flops(block, seq_len),
+        feature_flops(block),
+    )
     # A norm or a short convolution that trains in front of a layer needs the gradient of the layer's input.
     own_front = trains and (block.norm_placement != "post" or bool(block.short_conv))
     into_attention = flows or own_front
-    forward, backward = attention, 0.0
-    reached = dict.fromkeys(ATTENTION_INPUTS, into_attention)
+    forward, backward = attention + features, 0.0
+    inputs = [name for name in attention_matrices(block) if name != "attn.o"]
+    reached = {name: into_attention for name in inputs if name not in INTO_ATTENTION}
 
     def gives(name: str) -> bool:
         return reached[name] or trains or any(s.name in work.learning and targets(s, name) for s in work.sets)
 
     for name, (rows, columns) in matrices.items():
         if name == "attn.o":
-            reached[name] = any(gives(n) for n in ATTENTION_INPUTS)
-            backward += 2 * attention * reached[name]
+            reached[name] = any(gives(n) for n in inputs)
+            backward += (2 * attention + features) * reached[name]
+        elif name in INTO_ATTENTION:
+            reached[name] = gives(INTO_ATTENTION[name])
         elif name.endswith(".down"):
             before = name.removesuffix("down")
             reached[name] = any(gives(before + n) for n in ("gate", "up") if before + n in matrices)

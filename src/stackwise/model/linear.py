@@ -15,6 +15,17 @@ class Linear(nn.Linear):
     rounding: Callable[[Tensor], Tensor] | None = None
     """What the matrix goes through before each product; see `precision.fake_quant`."""
 
+    def matrix(self) -> Tensor:
+        """What the input is multiplied with, [O, I]."""
+        return self.weight if self.rounding is None else self.rounding(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.rounding is None else self.rounding(self.weight)
-        return linear(x, weight, self.bias)
+        return linear(x, self.matrix(), self.bias)
+
+
+def matrix_of(layer: nn.Module) -> Tensor | None:
+    """The matrix that a layer in the place of a `Linear` computes with; null where it is more than a matrix."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    matrix: Callable[[], Tensor | None] | None = getattr(layer, "matrix", None)
+    return None if matrix is None else matrix()

@@ -16,7 +16,7 @@ from stackwise.config.types import (
     PositiveInt,
     UnitFloat,
 )
-from stackwise.model.attention_settings import AttentionFields, Preset
+from stackwise.model.attention_settings import AttentionFields, Preset, attention_fields
 from stackwise.model.moe_settings import MoeSettings
 from stackwise.model.position_settings import RopeScalingSettings
 from stackwise.model.rope_scaling import RopeScaling
@@ -109,9 +109,9 @@ class ModelSettings(Settings):
     stacks: Annotated[list[StackShape], MinLen(1)] | None = None
     """Stacks that differ, one entry per stack from the embedding to the head. null: all alike."""
     attention_preset: Preset = "gpt_style"
-    """Named attention: bert_style sees all positions, gpt_style only earlier ones, efficient_gqa all with a quarter of the key and value heads; custom takes `attention_custom`."""
+    """Named attention: bert_style sees all positions, gpt_style only earlier ones, efficient_gqa all with a quarter of the key and value heads; mla_attention caches one latent for all heads; kernel_attention compares by a gaussian kernel; mlgka is mla with a quarter of the heads and a laplacian kernel; custom takes `attention_custom`."""
     attention_custom: AttentionFields | None = None
-    """All fields of the attention, for the preset custom; a field left out is mha, bidirectional, `model.qk_norm`."""
+    """All fields of the attention, for the preset custom; a field left out is that of bert_style, `model.qk_norm`."""
     attention_overrides: AttentionFields = Field(default_factory=AttentionFields)
     """Single fields changed in the chosen preset."""
     qk_norm: Flag = False
@@ -219,27 +219,3 @@ class ModelSettings(Settings):
 def default_d_ff(d_model: int, ffn_type: str) -> int:
     """8/3 of the width to the nearest multiple of 64 for gated feed-forwards, which have three matrices, else 4 times it."""
     return max(64, round(d_model * 8 / 3 / 64) * 64) if FFN_TYPES[ffn_type] else 4 * d_model
-
-
-def attention_fields(model: ModelSettings) -> dict[str, Any]:
-    """What preset, `attention_custom` and `attention_overrides` come to.
-
-    Returns attention_type, attention_mode, n_kv_heads and qk_norm, none of them null. A given
-    `model.n_kv_heads` wins over the preset; efficient_gqa takes the largest divisor of `n_heads`
-    that is at most a quarter of it.
-    """
-    fields: dict[str, Any] = {
-        "attention_type": "mha",
-        "attention_mode": "causal" if model.attention_preset == "gpt_style" else "bidirectional",
-        "n_kv_heads": model.n_heads,
-        "qk_norm": model.qk_norm,
-    }
-    if model.attention_preset == "efficient_gqa":
-        quarter = max(1, model.n_heads // 4)
-        fields["n_kv_heads"] = max(g for g in range(1, quarter + 1) if model.n_heads % g == 0)
-    if model.attention_preset == "custom" and model.attention_custom is not None:
-        fields |= model.attention_custom.model_dump(exclude_none=True)
-    fields |= model.attention_overrides.model_dump(exclude_none=True)
-    if model.n_kv_heads is not None:
-        fields["n_kv_heads"] = model.n_kv_heads
-    return fields

@@ -58,9 +58,12 @@ class SpectralLinear(Linear):
         """The matrix that the layer computes with."""
         return divided(self.weight, self.space)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def matrix(self) -> Tensor:
         weight = self.normalised()
-        return linear(x, weight if self.rounding is None else self.rounding(weight), self.bias)
+        return weight if self.rounding is None else self.rounding(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.matrix(), self.bias)
 
     @torch.no_grad()
     def iterate(self, steps: int = 1) -> None:

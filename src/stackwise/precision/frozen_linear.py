@@ -107,6 +107,9 @@ class FrozenLinear(Linear):
         """The matrix [O, I] in fp32, unpacked anew."""
         return self.dequantised()
 
+    def matrix(self) -> Tensor:
+        return self.dequantised()
+
     def set_weight(self, weight: Tensor) -> None:
         """Quantise another matrix [O, I] into the packed tensors, in place."""
         if tuple(weight.shape) != self.shape:

@@ -1,3 +1,4 @@
-"""Attention: projections by kind (mha), and what they share (core)."""
+"""Attention: projections by kind (mha, mla), and what they share (core)."""
 
 from stackwise.model.attention import mha as mha
+from stackwise.model.attention import mla as mla
