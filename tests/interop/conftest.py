@@ -17,7 +17,7 @@ from stackwise.data.tokenizers import train_bpe
 VOCAB = 320
 
 
-def transformers() -> Any:
+def quiet_transformers() -> Any:
     """The package, quietly; without it the test is skipped."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip(
@@ -61,13 +61,15 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
 }
 """Name -> config class, model class, arguments."""
 
 
 def make_model(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A random model of Transformers, in eval mode; its biases and norms are random too."""
-    package = transformers()
+    package = quiet_transformers()
     config, model, options = KINDS[kind]
     torch.manual_seed(seed)
     made = getattr(package, model)(getattr(package, config)(**{**options, **changes})).eval()
@@ -78,6 +80,12 @@ def make_model(kind: str, seed: int = 0, **changes: Any) -> Any:
             else:
                 parameter.mul_(4)  # attention that is sharp enough to show a wrong rotation
     return made
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """The package."""
+    return quiet_transformers()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("gpt2", "scale_attn_by_inverse_layer_idx", True, "False"),
         ("gpt2", "add_cross_attention", True, "False"),
         ("llama", "hidden_act", "gelu", "silu"),
-        ("llama", "mlp_bias", True, "False"),
+        ("llama", "mlp_bias", "yes", "true or false"),
         ("llama", "query_layernorm", True, "may change the model"),
         ("llama", "quantization_config", {"bits": 4}, "unquantised"),
         ("llama", "hidden_size", "wide", "hidden_size"),

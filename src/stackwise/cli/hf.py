@@ -1,14 +1,15 @@
-"""`stackwise import`."""
+"""`stackwise import` and `stackwise export`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stackwise.cli.options import RUNS, Threads
+from stackwise.cli.errors import UsageError
+from stackwise.cli.options import RUNS, Run, Threads, find_run
 from stackwise.cli.output import next_steps, note
 
 
@@ -82,3 +83,81 @@ def import_model(
         else f"stackwise fill {folder.path}",
         train_it_on=f"stackwise train {folder.config} training.run_id=NAME data.source=text data.path=FILE",
     )
+
+
+def export_model(
+    run: Run,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format; hf is the only one.")] = "hf",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Folder to make; by default hf inside the run's."),
+    ] = None,
+    family: Annotated[
+        str,
+        typer.Option(
+            "--family",
+            metavar="NAME",
+            help="auto: the family that the model equals, else stackwise. A name: that family, or an error with the reason.",
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            help="float32, bfloat16, float16 or float64; by default that of the file for an imported model, else float32.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        float, typer.Option("--max-shard-size", metavar="GB", min=1e-6, help="Size of a file at most, in GB.")
+    ] = 5.0,
+    separate: Annotated[
+        bool,
+        typer.Option(
+            "--separate", help="Write adapter sets beside the model, in PEFT's format, not into it."
+        ),
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Write the model of a run in the Hugging Face format.
+
+    A model that equals a family that `stackwise import` reads is written as one of that family: Transformers loads it
+    with its own classes, other programs by their own loaders. Any other is written as a StackWise model, which
+    Transformers loads after `import stackwise.interop.transformers`. Weights, tokenizer, generation settings and a model
+    card with the facts of the run.
+
+    \b
+    Examples:
+      stackwise export runs/demo
+      stackwise export llama --out ./my-llama --dtype bfloat16
+      stackwise export tuned --separate
+    """
+    if to != "hf":
+        raise UsageError(f"--to {to!r} is no format that can be written; it is hf")
+    path = find_run(run)
+    from stackwise.interop.card import run_facts
+    from stackwise.interop.hf_export import write_model
+    from stackwise.training.stored import open_run
+
+    opened = open_run(path)
+    origin: dict[str, Any] = opened.meta.get("imported", {})
+    exported = write_model(
+        opened.rack,
+        opened.tokenizer,
+        out or path / "hf",
+        family=family,
+        dtype=dtype or _DTYPES.get(origin.get("dtype", ""), "float32"),
+        shard_bytes=round(max_shard_size * 1e9),
+        fold=not separate,
+        config=opened.config,
+        generation=origin.get("generation"),
+        ids=origin.get("ids"),
+        facts=run_facts(opened.config, opened.meta),
+    )
+    for text in exported.notes:
+        note(text)
+    print(f"{exported.family}, {', '.join(exported.files)}")
+    print(f"\nFolder  {exported.path}")
+
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F64": "float64"}

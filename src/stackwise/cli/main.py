@@ -96,6 +96,7 @@ app.command("demo", short_help="Watch a small model grow on real text, in two mi
 app.command("train", short_help="Train as a configuration says.")(train.train)
 app.command("merge", short_help="Unite stacks that were trained independently.")(merge.merge)
 app.command("import", short_help="Take over a model of the Hugging Face format.")(hf.import_model)
+app.command("export", short_help="Write a run in the Hugging Face format.")(hf.export_model)
 app.command("plan", short_help="Show the stages of a run and what they cost.")(plan.plan)
 app.command("generate", short_help="Continue a prompt, or fill the gaps of a text.")(generate.generate)
 app.command("chat", short_help="Continue one prompt after another.")(chat.chat)

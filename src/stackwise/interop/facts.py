@@ -43,6 +43,16 @@ def differences(spec: RackSpec, other: RackSpec) -> list[str]:
 
 def _computed(spec: RackSpec) -> dict[str, Any]:
     """The description without what only training knows."""
-    blocks = [replace(b, dropout=0.0, zero_init_outputs=False, freeze_up_proj=False) for b in spec.blocks]
+    blocks = [
+        replace(
+            block,
+            dropout=0.0,
+            zero_init_outputs=False,
+            freeze_up_proj=False,
+            head_width=block.head_dim,
+            attention_bias="all" if block.out_bias else "qkv" if block.qkv_bias else "none",
+        )
+        for block in spec.blocks
+    ]
     plain = asdict(replace(spec, dropout=0.0, planned_blocks=0, stacks=(), tail=()))
     return {**plain, "blocks": [asdict(block) for block in blocks], "stacks": None, "tail": None}

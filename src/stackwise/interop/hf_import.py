@@ -15,12 +15,15 @@ from stackwise.config.root import StackWiseConfig
 from stackwise.data.errors import DataError
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from stackwise.interop.errors import InterchangeError, listed, shape_text
+from stackwise.interop.facts import differences
 from stackwise.interop.families import family_of
 from stackwise.interop.family import Family, Settings
 from stackwise.interop.folder import CONFIG, ModelFolder
-from stackwise.interop.table import Row, file_shapes
+from stackwise.interop.own import CAUSAL, MASKED, MODEL_TYPE, PREFIX, read_own
+from stackwise.interop.table import Row, file_shapes, row
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
+from stackwise.model.spec import RackSpec
 
 READABLE = {"F64", "F32", "F16", "BF16"}
 """Number formats of weights; others belong to quantised models."""
@@ -57,21 +60,63 @@ def read_model(
     tensors that are missing, too many or of another shape (InterchangeError).
     """
     folder = ModelFolder(path)
+    if folder.config.get("model_type") == MODEL_TYPE:
+        return _read_own(folder, stacks, blocks_per_stack, tokenizer, watch)
     family = family_of(folder.config.get("model_type"), str(folder.path / CONFIG))
     check_architecture(family, folder)
     config = stackwise_config(family, folder.config, str(folder.path / CONFIG), stacks, blocks_per_stack)
+    return _read(folder, family, config, rack_spec(config), tokenizer, watch)
+
+
+def _read_own(
+    folder: ModelFolder,
+    stacks: int | None,
+    blocks_per_stack: int | None,
+    tokenizer: str | None,
+    watch: Callable[[int, int], None] | None,
+) -> Imported:
+    """A model that describes itself; it comes in the stacks that it was trained in."""
+    for option, value in (("--stacks", stacks), ("--blocks-per-stack", blocks_per_stack)):
+        if value is not None:
+            raise ConfigError(Problem(option, "has no effect: a StackWise model keeps its own stacks", value))
+    spec, config = read_own(folder.config, str(folder.path / CONFIG))
+    family = Family(
+        model_type=MODEL_TYPE,
+        architecture=CAUSAL if spec.is_causal else MASKED,
+        settings={},
+        keys=(),
+        fixed={},
+        layer="",
+        ends=lambda spec: [],
+        block=lambda block: [],
+    )
+    imported = _read(folder, family, config, spec, tokenizer, watch)
+    if unlike := differences(spec, rack_spec(config)):
+        imported.notes.append(
+            f"a run that starts from it builds another model, {'; '.join(unlike[:3])}: what is not in both starts anew"
+        )
+    return imported
+
+
+def _read(
+    folder: ModelFolder,
+    family: Family,
+    config: StackWiseConfig,
+    spec: RackSpec,
+    tokenizer: str | None,
+    watch: Callable[[int, int], None] | None,
+) -> Imported:
     words = _tokenizer(folder, tokenizer)
-    size = config.model.vocab_size
-    assert size is not None
+    size = spec.vocab_size
     if words.vocab_size > size:
         raise InterchangeError(
             f"{folder.path}: the tokenizer has {words.vocab_size} ids and the embedding {size} rows, so they do not "
             "belong together; name the right one by --tokenizer"
         )
-    spec = rack_spec(config)
     with torch.device("meta"):
         rack = Rack(spec)
-    rows = family.rows(spec)
+    own = family.model_type == MODEL_TYPE
+    rows = [row(PREFIX + name, name) for name in rack.state_dict()] if own else family.rows(spec)
     names, notes = match(family, rows, rack, folder)
     if words.vocab_size < size:
         notes.append(f"the embedding has {size - words.vocab_size} rows that no token of the tokenizer uses")

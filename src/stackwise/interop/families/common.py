@@ -6,12 +6,35 @@ from typing import Any
 
 from stackwise.config.errors import Problem
 from stackwise.interop.changes import Halves
-from stackwise.interop.family import Settings
+from stackwise.interop.family import Key, Settings
 from stackwise.interop.table import Row, row
 from stackwise.model.block_spec import BlockSpec
+from stackwise.model.rope_scaling import FIELDS_OF
 from stackwise.model.spec import RackSpec
 
-ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "head_dim"})
+_FIELDS = {"original_max_seq_len": "original_max_position_embeddings", "type": "rope_type"}
+"""Fields of `model.rope_scaling` that config.json calls otherwise."""
+
+LLAMA_SETTINGS: Settings = {
+    "attention_preset": "gpt_style",
+    "pos_encoding": "rope",
+    "norm": "rmsnorm",
+    "ffn_type": "swiglu",
+}
+LLAMA_KEYS = (
+    Key("vocab_size", "vocab_size"),
+    Key("max_position_embeddings", "max_seq_len", default=2048),
+    Key("hidden_size", "d_model"),
+    Key("intermediate_size", "d_ff"),
+    Key("num_hidden_layers", "n_layers"),
+    Key("num_attention_heads", "n_heads"),
+    Key("num_key_value_heads", "n_kv_heads", default=None),
+    Key("head_dim", "head_dim", default=None),
+    Key("rms_norm_eps", "norm_eps", default=1e-6),
+    Key("attention_dropout", "dropout", default=0.0),
+    Key("tie_word_embeddings", "tie_embeddings", default=False),
+)
+ROTARY_BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 def llama_ends(spec: RackSpec) -> list[Row]:
@@ -23,12 +46,12 @@ def llama_ends(spec: RackSpec) -> list[Row]:
 def attention_rows(spec: BlockSpec) -> list[Row]:
     """Grouped attention; queries and keys change the order of their rotary pairs."""
     turn = Halves(spec.head_dim)
-    rows = [
-        row("self_attn.q_proj.weight", "attn.q.weight", turn),
-        row("self_attn.k_proj.weight", "attn.k.weight", turn),
-        row("self_attn.v_proj.weight", "attn.v.weight"),
-        row("self_attn.o_proj.weight", "attn.o.weight"),
-    ]
+    rows = [row("self_attn.o_proj.weight", "attn.o.weight")]
+    for leaf in ("weight", "bias") if spec.qkv_bias else ("weight",):
+        rows += [row(f"self_attn.{x}_proj.{leaf}", f"attn.{x}.{leaf}", turn) for x in "qk"]
+        rows.append(row(f"self_attn.v_proj.{leaf}", f"attn.v.{leaf}"))
+    if spec.out_bias:
+        rows.append(row("self_attn.o_proj.bias", "attn.o.bias"))
     if spec.qk_norm:
         rows += [row(f"self_attn.{x}_norm.weight", f"attn.{x}_norm.weight", turn) for x in "qk"]
     return rows
@@ -36,28 +59,80 @@ def attention_rows(spec: BlockSpec) -> list[Row]:
 
 def gated_block(spec: BlockSpec) -> list[Row]:
     """A layer with a norm before each of its two halves."""
+    leaves = ("weight", "bias") if spec.bias else ("weight",)
     return [
         row("input_layernorm.weight", "attn_norm.weight"),
         row("post_attention_layernorm.weight", "ffn_norm.weight"),
         *attention_rows(spec),
-        *(row(f"mlp.{x}_proj.weight", f"ffn.{x}.weight") for x in ("gate", "up", "down")),
+        *(row(f"mlp.{x}_proj.{y}", f"ffn.{x}.{y}") for x in ("gate", "up", "down") for y in leaves),
     ]
 
 
 def read_rope(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
     """Base of the rotation and its scaling, from the form of today (rope_parameters) or the older one."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    settings["rope_theta"] = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind != "default":
-        problems.append(Problem("rope_scaling", "is not understood", kind, "default"))
-    width, heads = config.get("head_dim"), settings.get("n_heads")
-    if width is not None and heads and width * heads != settings.get("d_model"):
-        problems.append(Problem("head_dim", "must be hidden_size / num_attention_heads", width))
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    theta = config.get("rope_theta")
+    rope = dict(new or old or {})
+    settings["rope_theta"] = rope.pop("rope_theta", theta) or 10_000.0
+    older = rope.pop("type", "default")
+    kind = rope.pop("rope_type", older)
+    if kind == "default":
+        return
+    spelt = {theirs: ours for ours, theirs in _FIELDS.items()}
+    scaling = {spelt.get(name, name): value for name, value in rope.items() if value is not None}
+    known = FIELDS_OF.get(kind)
+    if known is None:
+        problems.append(
+            Problem("rope_scaling", "is of no kind that is understood", kind, ", ".join(FIELDS_OF))
+        )
+        return
+    if stray := sorted(str(name) for name in scaling.keys() - set(known)):
+        problems.append(Problem(f"rope_scaling.{stray[0]}", f"is not read by {kind}", scaling[stray[0]]))
+    settings["rope_scaling"] = {"type": kind, **scaling}
+    length, factor = settings.get("max_seq_len"), scaling.get("factor")
+    if kind == "dynamic" and isinstance(length, int) and isinstance(factor, int | float):
+        # there, the length is that of training
+        settings["rope_scaling"] |= {"original_max_seq_len": length}
+        settings["max_seq_len"] = round(length * factor)
 
 
 def write_rope(spec: RackSpec) -> dict[str, Any]:
     """The older form, which every version of Transformers reads."""
     block = spec.blocks[0]
-    return {"rope_theta": block.rope_theta, "rope_scaling": None, "head_dim": block.head_dim}
+    scaling = block.rope_scaling
+    written: dict[str, Any] = {"rope_theta": block.rope_theta, "rope_scaling": None}
+    if scaling is None:
+        return written
+    fields = {name: getattr(scaling, name) for name in FIELDS_OF[scaling.type]}
+    if scaling.type in ("linear", "dynamic"):
+        del fields["original_max_seq_len"]
+    if scaling.type == "dynamic":
+        written["max_position_embeddings"] = scaling.original_max_seq_len
+    plain = {_FIELDS.get(n, n): list(v) if isinstance(v, tuple) else v for n, v in fields.items()}
+    return {**written, "rope_scaling": {name: value for name, value in plain.items() if value is not None}}
+
+
+def read_biases(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
+    """`attention_bias` of all four projections, `mlp_bias` of all three."""
+    for name in ("attention_bias", "mlp_bias"):
+        if not isinstance(config.get(name, False), bool):
+            problems.append(Problem(name, "must be true or false", config.get(name)))
+    settings["attention_bias"] = "all" if config.get("attention_bias", False) else "none"
+    settings["bias"] = bool(config.get("mlp_bias", False))
+
+
+def write_biases(spec: RackSpec) -> dict[str, Any]:
+    return {"attention_bias": spec.blocks[0].out_bias, "mlp_bias": spec.blocks[0].bias}
+
+
+def read_layer_types(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
+    """Layers that see a window of tokens, as Qwen tells them; none is understood yet."""
+    for name in ("sliding_window", "max_window_layers"):
+        config.get(name)  # without effect where no layer has a window
+    kinds = config.get("layer_types") or ["full_attention"]
+    if config.get("use_sliding_window", False) or set(kinds) != {"full_attention"}:
+        problems.append(Problem("layer_types", "holds windows, which are not understood", kinds))
+
+
+def write_layer_types(spec: RackSpec) -> dict[str, Any]:
+    return {"use_sliding_window": False}
