@@ -63,6 +63,38 @@ BROKEN = [
         "model.rope_scaling",
         "long_factor needs 2 numbers above 0, one per pair of a head, got 1",
     ),
+    (
+        "model: {sliding_window: 8, window_every: 2, full_block: 2}",
+        "model.full_block",
+        "is not among 2 blocks (model.window_every), got 2; allowed: 0 to 1",
+    ),
+    (
+        "model: {parallel_layers: true, norm_placement: post}",
+        "model.parallel_layers",
+        "needs model.norm_placement pre, not post",
+    ),
+    (
+        "model: {parallel_layers: true, first_norm: false}\ntraining: {progressive: {enabled: false}}",
+        "model.parallel_layers",
+        "model.first_norm false takes it away",
+    ),
+    (
+        "model: {first_norm: false, norm_placement: post}\ntraining: {progressive: {enabled: false}}",
+        "model.first_norm",
+        "where model.norm_placement post has none",
+    ),
+    ("model: {first_norm: false}", "model.first_norm", "growth repeats its stack"),
+    (
+        "model: {sliding_window: 8, window_every: 3}",
+        "model.window_every",
+        "does not divide the 4 blocks of a stack, which growth repeats, got 3",
+    ),
+    (
+        "model: {sliding_window: 8, window_every: 3}\n"
+        "training: {stages: [{train: [all], max_steps: 1}, {train: [all], max_steps: 1, grow: {op: append}}]}",
+        "model.window_every",
+        "does not divide the 4 blocks",
+    ),
     ("model: {n_kv_heads: 5}", "model.n_kv_heads", "must divide model.n_heads 12, got 5"),
     ("model: {n_kv_heads: 24}", "model.n_kv_heads", "allowed: 1, 2, 3, 4, 6, 12"),
     ("model: {freeze_up_proj: true, ffn_type: gelu}", "model.freeze_up_proj", "swiglu or geglu"),
@@ -578,6 +610,9 @@ ALLOWED = [
     "model: {pos_encoding: none, attention_preset: mla_attention, attention_overrides: {attention_mode: causal}}",
     "model: {d_model: 12, n_heads: 4, pos_encoding: none}",
     "model: {d_model: 100, n_heads: 12, head_dim: 8}",
+    "model: {sliding_window: 8, window_every: 3}\ntraining: {progressive: {enabled: false}}",
+    "model: {sliding_window: 8, window_every: 2, full_block: 1, first_norm: false}\ntraining: {progressive: {building_mode: cyclic}}",
+    "model: {pos_encoding: alibi, parallel_layers: true}",
     "model: {max_seq_len: 4096, rope_scaling: {type: yarn, original_max_seq_len: 2048}}",
     "model: {architecture: {n_stacks: 13}}\ntraining: {progressive: {enabled: false}}",
     "model: {architecture: {n_stacks: 13}}\ntraining: {progressive: {target_stacks: 3}}",

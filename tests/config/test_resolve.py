@@ -53,6 +53,10 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
         "model.head_dim",  # stacks may have other numbers of heads
         "model.attention_bias",
         "model.rope_scaling",
+        "model.attention_softcap",
+        "model.sliding_window",
+        "model.full_block",
+        "model.local_rope_theta",
         "model.residual_gain",
         "objective.corruption",
         "objective.mask_token_id",

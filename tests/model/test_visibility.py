@@ -33,6 +33,12 @@ VARIANTS = [
     {"short_conv": 3},
     {"head_width": 12, "attention_bias": "qkv", "n_kv_heads": 2},
     {"norm_placement": "both", "attention_bias": "all"},
+    {"window": 4},
+    {"window": 3, "sinks": 2, "n_kv_heads": 2, "short_conv": 3},
+    {"use_rope": False, "alibi": True},
+    {"use_rope": False, "alibi": True, "window": 5, "sinks": 1, "softcap": 2.0},
+    {"softcap": 0.5, "n_kv_heads": 2, "parallel": True},
+    {"attn_input_norm": False},
     {"norm_placement": "post", "norm": "layernorm", "bias": True, "ffn_type": "gelu"},
 ]
 
@@ -105,7 +111,7 @@ def test_a_row_that_sees_nothing_gets_nothing_from_attention(preset):
     assert not (seen[0][1, 3:] == 0).all()
 
 
-@pytest.mark.parametrize("options", VARIANTS[:7])
+@pytest.mark.parametrize("options", VARIANTS)
 def test_the_cache_gives_the_logits_of_the_full_pass(options):
     rack, ids = make(**options), random_ids(2, 20)
     with torch.no_grad():

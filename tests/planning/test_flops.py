@@ -35,7 +35,7 @@ def counted(rack, units, monkeypatch, remat=False):
     """FLOP of the products of one training step, per token."""
     monkeypatch.setattr(
         "stackwise.model.attention.core.attention",
-        lambda q, k, v, visible, causal, dropout: attention_reference(q, k, v, visible, causal),
+        lambda q, k, v, visible, causal, **rest: attention_reference(q, k, v, visible, causal),
     )
     split = apply_training(rack, units)
     rack.runner = recompute_block if remat else run_block
@@ -79,6 +79,8 @@ def test_flops_of_a_step_are_those_of_its_products(units, remat, monkeypatch):
         {"norm_placement": "post"},
         {"norm_placement": "both", "attention_bias": "qkv"},
         {"head_width": 6},
+        {"parallel": True},
+        {"attn_input_norm": False},
         {"freeze_up_proj": True},
         {"n_kv_heads": 1, "qk_norm": True, "bias": True},
         {"attention_preset": "mla_attention", "latent": LatentSpec(12, 6, 4, 6, 10)},
@@ -184,7 +186,7 @@ def test_a_stack_with_embedding_and_head_of_its_own_costs_what_its_products_are(
     assert split.prefix == 0
     monkeypatch.setattr(
         "stackwise.model.attention.core.attention",
-        lambda q, k, v, visible, causal, dropout: attention_reference(q, k, v, visible, causal),
+        lambda q, k, v, visible, causal, **rest: attention_reference(q, k, v, visible, causal),
     )
     example = CausalLM().corrupt({"input_ids": torch.randint(0, 29, (BATCH, TOKENS))})
     with FlopCounterMode(display=False) as counter, pytorch_products():

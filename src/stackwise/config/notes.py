@@ -11,6 +11,7 @@ from stackwise.config import (
     cache_rules,
     embedding_rules,
     generation_rules,
+    model_rules,
     moe_rules,
     objective_rules,
     precision_rules,
@@ -220,6 +221,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         )
         for name in ("weight", "clip")
     ),
+    *model_rules.INERT,
     *moe_rules.INERT,
     *adapter_rules.INERT,
     *attention_rules.INERT,

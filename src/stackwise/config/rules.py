@@ -127,7 +127,7 @@ def head_width_is_even_under_rope(config: StackWiseConfig) -> Problem | None:
         "model.d_model",
         f"rope rotates pairs and needs an even head width, not d_model / n_heads = {width}",
         model.d_model,
-        hint="change d_model or n_heads, or set model.pos_encoding to learned, sinusoidal or none",
+        hint="change d_model or n_heads, or set model.pos_encoding to learned, sinusoidal, alibi or none",
     )
 
 

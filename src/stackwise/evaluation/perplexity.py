@@ -60,7 +60,7 @@ def perplexity(
     """
     if not rack.is_causal:
         raise ValueError("perplexity needs a causal rack, and this one attends in both directions")
-    if seq_len > rack.spec.max_seq_len:
+    if not rack.spec.fits(seq_len):
         raise ValueError(
             f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
         )

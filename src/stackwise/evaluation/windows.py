@@ -33,7 +33,7 @@ class Windows:
         doc_mask: bool = True,
         pad_id: int | None = None,
     ) -> None:
-        if seq_len > rack.spec.max_seq_len:
+        if not rack.spec.fits(seq_len):
             raise ValueError(
                 f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
             )

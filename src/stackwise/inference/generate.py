@@ -53,7 +53,9 @@ def generate(
         raise ValueError("; ".join(problems))
     mask = _check_prompts(rack, input_ids, attention_mask)
     rows, n_prompt = input_ids.shape
-    limit = rack.spec.max_seq_len
+    limit, total = rack.spec.max_seq_len, n_prompt + max_new_tokens
+    if rack.spec.fits(total):
+        limit = max(limit, total)
     if n_prompt + max_new_tokens > limit and not slide:
         raise ValueError(
             f"{n_prompt} prompt tokens and {max_new_tokens} new ones are {n_prompt + max_new_tokens}, more than "

@@ -99,6 +99,12 @@ def _uncovered_block(block: BlockSpec) -> str | None:
     """Why a plan cannot run a block; null when it can."""
     if block.norm_placement != "pre":
         return "a block normalises after its sub-layers"
+    if block.parallel or not block.attn_input_norm:
+        return "a block has one norm or none in front of its sub-layers"
+    if block.window is not None:
+        return "a block sees a window"
+    if block.alibi or block.softcap is not None:
+        return "scores are changed before the softmax"
     if block.rope_scaling is not None and block.rope_scaling.depends_on_length:
         return f"its positions are scaled by length ({block.rope_scaling.type})"
     return None
@@ -261,6 +267,7 @@ class _BlockPlan:
         self.out = packed_linear(*_joined([_layer(attn.o, block.gain)]), rows)
         self.gated, self.activation = isinstance(ffn, GatedFeedForward), ffn.activation
         inner = [_layer(ffn.gate), _layer(ffn.up)] if self.gated else [_layer(ffn.up)]
+        assert block.ffn_norm is not None, "parallel blocks are not covered"
         self.inner = _Reader(block.ffn_norm, block.ffn_conv, inner, rows)
         self.down = packed_linear(*_joined([_layer(ffn.down, block.gain)]), rows)
 

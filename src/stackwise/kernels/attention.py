@@ -154,6 +154,34 @@ def _tokens_first(x_BNTH: Tensor) -> Tensor:
     return x_BNTH.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
+def capped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    causal: bool,
+    dropout: float,
+    bias: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """`attention` whose products are bent to stay within `softcap`; the softmax is fp32 or wider."""
+    batch, heads, n_queries, width = q.shape
+    kv_heads, n_keys = k.shape[1], k.shape[2]
+    q = q.reshape(batch, kv_heads, heads // kv_heads * n_queries, width)
+    scores = torch.tanh(
+        (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / (softcap * math.sqrt(width))
+    )
+    scores = (softcap * scores).view(batch, heads, n_queries, n_keys)
+    if bias is not None:
+        scores = scores + bias
+    if causal and visible is None:
+        visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout)
+    return (weights.view(batch, kv_heads, -1, n_keys) @ v).view(batch, heads, n_queries, -1)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -162,15 +190,23 @@ def attention(
     visible: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """q [B, N, T, H], k and v [B, K, S, H] -> [B, N, T, H]; key-value head j serves query heads j N/K onwards.
 
     visible bool [B or 1, 1, T, S], True = seen. `causal` (T = S): query t sees no key after t; a given `visible` says
     so too, and `causal` only spares the work. A query that sees nothing gives something finite, which the caller blanks.
+    `bias` [B or 1, N, T, S] in q's dtype is added to the scores in place of `visible`. `softcap` c bends the products:
+    c tanh(q k / (c sqrt(H))), before a bias; no fused kernel does that, so all scores are held.
     """
+    if softcap is not None:
+        return capped_attention(q, k, v, visible, causal, dropout, bias, softcap)
+    grouped = k.shape[1] != q.shape[1]
+    if bias is not None:  # the blocked form knows masks only
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, False, enable_gqa=grouped)
     blocked = q.dtype == k.dtype == torch.bfloat16 and device_kind(q) == "cpu" and q.shape[2] > 1
     if blocked and dropout == 0.0 and not torch.compiler.is_compiling():
         return _BlockedAttention.apply(q, k, v, visible, causal)
-    grouped = k.shape[1] != q.shape[1]
     causal = causal and visible is None
     return F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, enable_gqa=grouped)

@@ -45,7 +45,7 @@ def attention_matrices(spec: BlockSpec) -> dict[str, tuple[int, int]]:
 
 def attention_flops(spec: BlockSpec, seq_len: int) -> float:
     """FLOP per token of the products of attention, forward, over rows of `seq_len` tokens."""
-    seen = (seq_len + 1) / 2 if spec.causal else float(seq_len)
+    seen = tokens_seen(spec, seq_len)
     width, value, kernel = spec.query_key_width, spec.value_width, spec.kernel
     if kernel is not None and kernel.mode != "exact":
         width = kernel.features
@@ -56,6 +56,19 @@ def attention_flops(spec: BlockSpec, seq_len: int) -> float:
     if spec.causal:
         chunk = spec.n_heads * (width + value + 1) * (min(CHUNK, seq_len) + 1)
     return state * (spec.n_kv_heads + spec.n_heads) + chunk
+
+
+def tokens_seen(spec: BlockSpec, seq_len: int) -> float:
+    """Tokens visible to one of `seq_len`, on average."""
+    if spec.window is None or spec.window >= seq_len:
+        return (seq_len + 1) / 2 if spec.causal else float(seq_len)
+    window, sinks = spec.window, min(spec.sinks, seq_len)
+    if spec.causal:
+        most = min(window + sinks, seq_len)  # in sight once the row is that long
+        return (most * (most + 1) / 2 + (seq_len - most) * most) / seq_len
+    near = seq_len + sum(2 * (seq_len - apart) for apart in range(1, window))
+    far = sum(max(0, seq_len - j - window) + max(0, j - window + 1) for j in range(sinks))
+    return (near + far) / seq_len
 
 
 def feature_flops(spec: BlockSpec) -> float:

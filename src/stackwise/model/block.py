@@ -42,6 +42,7 @@ class Block(PlainNames):
 
     pre:  x + g Attn(N x), then x + g FFN(N x).   post: N(x + g Attn x), then N(x + g FFN x).   g = residual_gain.
     both: x + g N'(Attn(N x)), then x + g N'(FFN(N x)), with four norms.
+    parallel: x + g Attn(N x) + g FFN(N x), with one norm (Wang and Komatsuzaki 2021, GPT-J).
 
     Where the rack is told the time that way, a scale and a shift follow each N (see `model.time`).
     Built from the keyword arguments of `BlockSpec`, or from a `spec`. Bad values are ValueErrors, unknown
@@ -58,9 +59,10 @@ class Block(PlainNames):
         spec = spec or BlockSpec.create(options)
         make_norm = NORM_LAYERS.get(spec.norm)
         self.spec = spec
-        self.attn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
+        plain = spec.attn_input_norm
+        self.attn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias) if plain else nn.Identity()
         self.attn = ATTENTIONS.get(spec.attention_type)(spec)
-        self.ffn_norm = make_norm(spec.d_model, spec.norm_eps, spec.bias)
+        self.ffn_norm = None if spec.parallel else make_norm(spec.d_model, spec.norm_eps, spec.bias)
         make_ffn = Experts if spec.experts is not None else FEED_FORWARDS.get(spec.ffn_type)
         self.ffn: Any = make_ffn(spec)
         self.attn_conv = (
@@ -77,23 +79,25 @@ class Block(PlainNames):
         self.requires_grad_(True)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
-        attn_norm, ffn_norm = (
-            (self.attn_norm, self.ffn_norm) if context.time is None else self._told(context.time)
-        )
+        attn_norm, ffn_norm = self._norms(context.time)
         if self.post:
             x_BTD = attn_norm(self._add(x_BTD, self._attend(x_BTD, context, cache)))
             return ffn_norm(self._add(x_BTD, self._feed(x_BTD, context, cache)))
+        if self.ffn_norm is None:
+            attn_BTD = self._attend(attn_norm(x_BTD), context, cache)
+            return self._add(self._add(x_BTD, attn_BTD), self._feed(ffn_norm(x_BTD), context, cache))
         x_BTD = self._add(x_BTD, self._attend(attn_norm(x_BTD), context, cache), self.attn_out_norm)
         return self._add(x_BTD, self._feed(ffn_norm(x_BTD), context, cache), self.ffn_out_norm)
 
-    def _told(self, time: Condition) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Both norms with the scale and shift of the time behind them."""
-        if time.norms is None:
-            return self.attn_norm, self.ffn_norm
+    def _norms(self, time: Condition | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The norms of both sub-layers, with the scale and shift of the time behind them where it is told so."""
+        first, second = self.attn_norm, self.attn_norm if self.ffn_norm is None else self.ffn_norm
+        if time is None or time.norms is None:
+            return first, second
         scale, shift, ffn_scale, ffn_shift = time.norms
         return (
-            lambda x_BTD: self.attn_norm(x_BTD) * (1 + scale) + shift,
-            lambda x_BTD: self.ffn_norm(x_BTD) * (1 + ffn_scale) + ffn_shift,
+            lambda x_BTD: first(x_BTD) * (1 + scale) + shift,
+            lambda x_BTD: second(x_BTD) * (1 + ffn_scale) + ffn_shift,
         )
 
     def _attend(self, x_BTD: Tensor, context: Context, cache: BlockCache | None) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from stackwise.model.alibi import slopes
 from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.parts import KernelSpec, LatentSpec
 from stackwise.model.registry import ATTENTIONS, FEED_FORWARDS, NORM_LAYERS
@@ -28,7 +29,9 @@ class BlockSpec:
     """One transformer layer. `rope_theta` null = no rotation; `n_kv_heads` 0 and `d_ff` 0 take the defaults.
 
     `head_width` 0: `d_model` / `n_heads`. `attention_bias` (none, qkv, all): which linears of attention have a bias;
-    empty: all or none, as `bias` says.
+    empty: all or none, as `bias` says. With a `window` W a token sees those less than W away, and the first `sinks`.
+    `softcap` c bends scores to c tanh(score / c). `parallel`: attention and feed-forward read the same norm.
+    `attn_input_norm` false: attention reads the residual stream as it is.
     """
 
     d_model: int
@@ -52,6 +55,12 @@ class BlockSpec:
     head_width: int = 0
     attention_bias: str = ""
     rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    sinks: int = 0
+    alibi: bool = False
+    softcap: float | None = None
+    parallel: bool = False
+    attn_input_norm: bool = True
     experts: ExpertSpec | None = None
     latent: LatentSpec | None = None
     kernel: KernelSpec | None = None
@@ -101,6 +110,15 @@ class BlockSpec:
             found.append(f"norm_placement must be one of {known}, got {self.norm_placement!r}")
         if self.attention_bias not in ("", "none", "qkv", "all"):
             found.append(f"attention_bias must be none, qkv or all, got {self.attention_bias!r}")
+        found += self._sight_problems()
+        if self.parallel and (self.norm_placement != "pre" or not self.attn_input_norm):
+            found.append(
+                "parallel needs norm_placement pre and attn_input_norm: its one norm feeds both sub-layers"
+            )
+        if not self.attn_input_norm and self.norm_placement == "post":
+            found.append(
+                "attn_input_norm false needs norm_placement pre or both: after a post-norm nothing is left out"
+            )
         if self.rope_scaling is not None:
             if self.rope_theta is None:
                 found.append("rope_scaling without rope_theta: there is no rotation to scale")
@@ -130,6 +148,27 @@ class BlockSpec:
                     f"{self.latent.rope_dim} and rope_theta {self.rope_theta}"
                 )
         return found
+
+    def _sight_problems(self) -> list[str]:
+        found = []
+        if self.window is not None and self.window < 1:
+            found.append(f"window must be at least 1, got {self.window}")
+        if self.sinks < 0:
+            found.append(f"sinks must not be negative, got {self.sinks}")
+        if self.sinks and self.window is None:
+            found.append(f"sinks {self.sinks} without a window: every token is visible already")
+        if self.softcap is not None and not self.softcap > 0:
+            found.append(f"softcap must be above 0, got {self.softcap}")
+        if self.alibi and self.rope_theta is not None:
+            found.append(
+                "alibi with rope_theta gives positions twice; set rope_theta to null (use_rope false)"
+            )
+        return found
+
+    @property
+    def sight(self) -> tuple[bool, int | None, int, tuple[float, ...]]:
+        """What `Visibility.mask` asks for: causal, window, sinks, slopes of ALiBi."""
+        return self.causal, self.window, self.sinks, slopes(self.n_heads) if self.alibi else ()
 
     @property
     def head_dim(self) -> int:

@@ -7,11 +7,48 @@ from torch import Tensor
 
 
 class BlockCache:
-    """Of one block. `length`: tokens seen so far."""
+    """Of one block. `length`: tokens seen so far.
 
-    def __init__(self) -> None:
-        self.length = 0
+    With a `window` no more than the first `sinks` tokens and the last `window` others are kept: token j of the others
+    in slot sinks + (j - sinks) mod window (`visibility.held_tokens` says which token a slot holds).
+    """
+
+    def __init__(self, window: int | None = None, sinks: int = 0) -> None:
+        self.length, self.window, self.sinks = 0, window, sinks
         self._last: dict[str, Tensor] = {}
+
+    def room(self, capacity: int) -> int:
+        """Entries that a buffer for `capacity` tokens needs."""
+        return capacity if self.window is None else min(capacity, self.sinks + self.window)
+
+    def store(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Put T new tokens behind those seen, in dimension -2 of `buffer`; returns what the new ones may look at.
+
+        Call `advance` when all buffers of the block are filled. More tokens than there is room for: ValueError.
+        """
+        n_new, size = new.shape[-2], buffer.shape[-2]
+        start, stop = self.length, self.length + n_new
+        if stop > size and (self.window is None or size < self.sinks + self.window):
+            raise ValueError(f"the cache holds {size} tokens, {stop} were asked for")
+        if self.window is None:
+            buffer[..., start:stop, :] = new
+            return buffer[..., :stop, :]
+        if n_new == 1:
+            slot = start if start < self.sinks else self.sinks + (start - self.sinks) % self.window
+            buffer[..., slot, :] = new[..., 0, :]
+            return buffer[..., : min(stop, size), :]
+        seen = (
+            new if start == 0 else torch.cat((buffer[..., : min(start, size), :].to(new.dtype), new), dim=-2)
+        )
+        tokens = torch.arange(start, stop, device=new.device)
+        tokens = tokens[(tokens < self.sinks) | (tokens >= stop - self.window)]
+        slots = torch.where(tokens < self.sinks, tokens, self.sinks + (tokens - self.sinks) % self.window)
+        buffer[..., slots, :] = new[..., tokens - start, :].to(buffer.dtype)
+        return seen
+
+    def advance(self, n_new: int) -> None:
+        """The new tokens are in all buffers."""
+        self.length += n_new
 
     def extend(self, name: str, x_BTD: Tensor, keep: int) -> Tensor:
         """The last inputs kept under `name`, followed by the T new ones; at most `keep` of them are kept for next time."""
@@ -25,7 +62,7 @@ class BlockCache:
 
 
 class KeyValueCache(BlockCache):
-    """Keys and values: buffers [B, N_kv, capacity, H], filled from the left."""
+    """Keys and values: buffers [B, N_kv, capacity, H], filled from the left; with a window they are bounded."""
 
     def __init__(
         self,
@@ -35,39 +72,42 @@ class KeyValueCache(BlockCache):
         width: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
-        super().__init__()
-        self.keys = torch.empty(batch, heads, capacity, width, dtype=dtype, device=device)
-        self.values = torch.empty(batch, heads, capacity, width, dtype=dtype, device=device)
+        super().__init__(window, sinks)
+        shape = (batch, heads, self.room(capacity), width)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
 
     def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Append T tokens; returns everything held so far as views."""
-        start, stop = self.length, self.length + k_BNTH.shape[2]
-        if stop > self.keys.shape[2]:
-            raise ValueError(f"the cache holds {self.keys.shape[2]} tokens, {stop} were asked for")
-        self.keys[:, :, start:stop] = k_BNTH
-        self.values[:, :, start:stop] = v_BNTH
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        """Append T tokens; returns the keys and values that they may look at, themselves included."""
+        seen = self.store(self.keys, k_BNTH), self.store(self.values, v_BNTH)
+        self.advance(k_BNTH.shape[2])
+        return seen
 
 
 class LatentCache(BlockCache):
-    """One vector per token for keys and values of all heads: a buffer [B, capacity, C], filled from the left."""
+    """One vector per token for keys and values of all heads: a buffer [B, capacity, C], bounded under a window."""
 
     def __init__(
-        self, batch: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        capacity: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
-        super().__init__()
-        self.held = torch.empty(batch, capacity, width, dtype=dtype, device=device)
+        super().__init__(window, sinks)
+        self.held = torch.empty(batch, self.room(capacity), width, dtype=dtype, device=device)
 
     def update(self, x_BTC: Tensor) -> Tensor:
-        """Append T tokens; returns everything held so far as a view."""
-        start, stop = self.length, self.length + x_BTC.shape[1]
-        if stop > self.held.shape[1]:
-            raise ValueError(f"the cache holds {self.held.shape[1]} tokens, {stop} were asked for")
-        self.held[:, start:stop] = x_BTC
-        self.length = stop
-        return self.held[:, :stop]
+        """Append T tokens; returns those that they may look at, themselves included."""
+        seen = self.store(self.held, x_BTC)
+        self.advance(x_BTC.shape[1])
+        return seen
 
 
 class RackCache:

@@ -78,11 +78,15 @@ def expert_spec(model: ModelSettings, layer: int | None) -> ExpertSpec | None:
 
 def block_spec(model: ModelSettings, layer: int | None = None) -> BlockSpec:
     """One block as the model settings describe it; `layer` is its place from the embedding, null where that is open."""
+    windowed, theta = model.sees_window(layer), None
+    local = windowed and model.local_rope_theta is not None
+    if model.positions == "rope":
+        theta = model.local_rope_theta if local else model.rope_theta
     return BlockSpec(
         d_model=model.d_model,
         n_heads=model.n_heads,
         d_ff=model.ffn_width,
-        rope_theta=model.rope_theta if model.positions == "rope" else None,
+        rope_theta=theta,
         norm=model.norm,
         norm_eps=model.norm_eps,
         norm_placement=model.norm_placement,
@@ -95,7 +99,13 @@ def block_spec(model: ModelSettings, layer: int | None = None) -> BlockSpec:
         short_conv=model.short_conv,
         head_width=model.head_dim or 0,
         attention_bias=model.attention_bias or "",
-        rope_scaling=model.scaled_rope,
+        rope_scaling=None if local else model.scaled_rope,
+        window=model.sliding_window if windowed else None,
+        sinks=model.attention_sinks if windowed else 0,
+        alibi=model.positions == "alibi",
+        softcap=model.attention_softcap,
+        parallel=model.parallel_layers,
+        attn_input_norm=model.first_norm or layer != 0,
         experts=expert_spec(model, layer),
         **_options(model),
     )
@@ -144,8 +154,8 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is not set: give it, or let the tokenizer of a run set it")
     stacks = stack_blocks(config)
-    behind = sum(map(len, stacks))
-    tail = tuple(block_spec(model, behind + i) for i in range(tail_blocks(config)))
+    depth = sum(map(len, stacks))
+    tail = tuple(block_spec(model, depth + i) for i in range(tail_blocks(config)))
     count = len(stacks) if n_stacks is None else n_stacks
     built = [*stacks, *(stacks[-1:] * (count - len(stacks)))][:count]
     return RackSpec(
@@ -172,5 +182,5 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         logit_softcap=model.logit_softcap,
         final_norm=model.final_norm,
         time=time_spec(config),
-        planned_blocks=sum(map(len, stacks)) + len(tail),
+        planned_blocks=depth + len(tail),
     )

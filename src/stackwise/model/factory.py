@@ -62,7 +62,7 @@ def create_simple_rack(
         d_model=d_model,
         stacks=stacks,
         max_seq_len=max_seq_len,
-        positions="rope" if use_rope else "learned",
+        positions=_positions(block, use_rope),
         norm=block.norm,
         norm_eps=block.norm_eps,
         tied=tie_embeddings,
@@ -95,8 +95,8 @@ def create_stack_from_config(
     else:
         root = _as_config(config)
         model, seed = root.model, root.training.seed
-    block = block_spec(model)
-    stack = Stack.from_spec(StackSpec(f"s{stack_id}", (block,) * n_blocks, stack_id), stack_id)
+    blocks = tuple(block_spec(model, stack_id * n_blocks + i) for i in range(n_blocks))
+    stack = Stack.from_spec(StackSpec(f"s{stack_id}", blocks, stack_id), stack_id)
     init_weights(stack, Start(seed, n_blocks), prefix=f"stacks.s{stack_id}.")
     if freeze_blocks:
         stack.freeze_all()
@@ -144,7 +144,7 @@ def create_rack_from_specs(
         d_model=d_model,
         stacks=tuple(stacks),
         max_seq_len=max_seq_len,
-        positions="rope" if use_rope else "learned",
+        positions=_positions(first, use_rope),
         norm=first.norm,
         norm_eps=first.norm_eps,
         tied=tie_embeddings,
@@ -161,6 +161,13 @@ def create_rack_from_specs(
         if freeze:
             stack.freeze_all()
     return rack
+
+
+def _positions(block: BlockSpec, use_rope: bool) -> str:
+    """How positions enter a rack of such blocks."""
+    if block.alibi:
+        return "alibi"
+    return "rope" if use_rope else "learned"
 
 
 def _as_config(config: StackWiseConfig | Mapping[str, Any]) -> StackWiseConfig:

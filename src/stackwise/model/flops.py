@@ -208,7 +208,8 @@ def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, b
         feature_flops(block),
     )
     # A norm or a short convolution that trains in front of a layer needs the gradient of the layer's input.
-    own_front = trains and (block.norm_placement != "post" or bool(block.short_conv))
+    normed = block.norm_placement != "post" and block.attn_input_norm
+    own_front = trains and (normed or bool(block.short_conv))
     into_attention = flows or own_front
     forward, backward = attention + features, 0.0
     inputs = [name for name in attention_matrices(block) if name != "attn.o"]
@@ -227,7 +228,7 @@ def _block_flops(work: Work, seq_len: int, flows: bool) -> tuple[float, float, b
             before = name.removesuffix("down")
             reached[name] = any(gives(before + n) for n in ("gate", "up") if before + n in matrices)
         elif name not in reached:
-            reached[name] = flows or gives("attn.o") or trains
+            reached[name] = into_attention if block.parallel else flows or gives("attn.o") or trains
         seen = visited(block, name)
         product = 2.0 * rows * columns * seen
         weight_trains = trains and not (block.freeze_up_proj and name.endswith(".up"))

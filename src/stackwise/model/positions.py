@@ -1,4 +1,4 @@
-"""Positions that are added to the embedding. Rotary positions act inside attention (kernels/rotary.py)."""
+"""Positions that are added to the embedding. Rotary positions and ALiBi act inside attention."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class SinusoidalPositions(nn.Module):
 
 
 @POSITION_LAYERS.register("rope")
+@POSITION_LAYERS.register("alibi")
 @POSITION_LAYERS.register("none")
 def _nothing_added(max_seq_len: int, d_model: int) -> None:
     """Nothing is added to the embedding."""

@@ -339,7 +339,7 @@ class Rack(PlainNames):
         """What all blocks of a forward pass share; also checks lengths and shapes (ValueError)."""
         past = cache.length if cache is not None else 0
         n_new, limit = input_ids.shape[1], self.spec.max_seq_len
-        if past + n_new > limit:
+        if not self.spec.fits(past + n_new):
             raise ValueError(self.spec.too_long(past + n_new))
         if attention_mask is not None and attention_mask.shape != (input_ids.shape[0], past + n_new):
             raise ValueError(

@@ -23,7 +23,7 @@ from stackwise.model.rope_scaling import RopeScaling
 
 # The names a key accepts. They are open: `model/` adds a name here when a part is registered.
 NORMS = ["rmsnorm", "layernorm"]
-POSITIONS = ["rope", "learned", "sinusoidal", "none"]
+POSITIONS = ["rope", "learned", "sinusoidal", "alibi", "none"]
 FFN_TYPES = {
     "swiglu": True,
     "geglu": True,
@@ -116,6 +116,20 @@ class ModelSettings(Settings):
     """Single fields changed in the chosen preset."""
     qk_norm: Flag = False
     """Normalise queries and keys per head before their product, which keeps large learning rates stable."""
+    attention_softcap: PositiveFloat | None = None
+    """Bend attention scores into c tanh(score / c), so that none passes c; all scores are then held in memory. null: no bound."""
+    sliding_window: PositiveInt | None = None
+    """Tokens see those less than this many positions away, themselves included, and the cache holds no more. null: no window."""
+    window_every: PositiveInt = 1
+    """Of every so many blocks one sees everything in spite of `sliding_window`; 1: none does."""
+    full_block: NonNegativeInt | None = None
+    """Which of every `window_every` blocks that is, from 0. null: the last (as Gemma 3; ModernBERT has the first)."""
+    attention_sinks: NonNegativeInt = 0
+    """First tokens of a text that stay visible beside the window."""
+    parallel_layers: Flag = False
+    """Let attention and feed-forward read the same normalised input, side by side."""
+    first_norm: Flag = True
+    """Normalise what the attention of the first block reads; false where the embedding is normalised already (ModernBERT)."""
     norm: Annotated[str, OneOf(NORMS)] = "rmsnorm"
     """Normalisation of the residual stream."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
@@ -135,11 +149,13 @@ class ModelSettings(Settings):
     dropout: BelowOne = 0.0
     """Probability of zeroing attention weights and sub-layer outputs in training."""
     pos_encoding: Annotated[str, OneOf(POSITIONS)] | None = None
-    """How positions enter. null: rope if `use_rope`, else learned."""
+    """How positions enter; alibi makes distant tokens less likely and knows no longest row. null: rope if `use_rope`, else learned."""
     use_rope: Flag = True
     """Rotary positions; short for `pos_encoding: rope`, and follows `pos_encoding` where only that is set."""
     rope_theta: PositiveFloat = 1e4
     """Base of the rotation angles; larger for longer contexts."""
+    local_rope_theta: PositiveFloat | None = None
+    """Base of the rotation angles in blocks with a window, which are then never scaled. null: `rope_theta`, scaled alike."""
     rope_scaling: RopeScalingSettings | None = None
     """Stretches rotary positions to rows longer than those of training; `max_seq_len` is then the length to reach."""
     embedding_norm: Flag | Literal["learned"] = False
@@ -197,6 +213,17 @@ class ModelSettings(Settings):
     def ffn_width(self) -> int:
         """`d_ff`, or its default."""
         return self.d_ff if self.d_ff is not None else default_d_ff(self.d_model, self.ffn_type)
+
+    def sees_window(self, layer: int | None) -> bool:
+        """Whether the block at this place from the embedding has the window; null: one that has."""
+        if self.sliding_window is None:
+            return False
+        every = self.window_every
+        return (
+            layer is None
+            or every == 1
+            or layer % every != (every - 1 if self.full_block is None else self.full_block)
+        )
 
     @property
     def scaled_rope(self) -> RopeScaling | None:

@@ -194,6 +194,10 @@ class RackSpec:
     def is_causal(self) -> bool:
         return all(block.causal for block in self.blocks)
 
+    def fits(self, n_tokens: int) -> bool:
+        """Whether a row of so many tokens can run: ALiBi alone has no longest row."""
+        return self.positions == "alibi" or n_tokens <= self.max_seq_len
+
     def too_long(self, n_tokens: int) -> str:
         """Why a row of so many tokens is refused, and the way out."""
         message = f"{n_tokens} tokens are more than max_seq_len = {self.max_seq_len}; shorten the input, or build the "

@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.n_kv_heads, self.head_dim, self.causal = spec.n_kv_heads, spec.head_dim, spec.causal
+        self.sight, self.window, self.sinks, self.softcap = spec.sight, spec.window, spec.sinks, spec.softcap
         self.rotary, self.dropout = Rotary.of(spec, spec.head_dim), spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
@@ -58,9 +59,11 @@ class Attention(nn.Module):
             assert isinstance(cache, KeyValueCache)
             k, v = cache.update(k, v)
         dropout = self.dropout if self.training else 0.0
-        out = attend(q, k, v, context.visibility.mask(self.causal), dropout)
+        mask = context.visibility.mask(*self.sight, dtype=q.dtype)
+        out = attend(q, k, v, mask, dropout, self.softcap)
         return self.o(out.transpose(1, 2).flatten(-2))
 
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
-        """Room for the keys and values of `capacity` tokens."""
-        return KeyValueCache(batch, self.n_kv_heads, capacity, self.head_dim, dtype, device)
+        """Room for the keys and values of `capacity` tokens, or of those that a window shows."""
+        width, window, sinks = self.head_dim, self.window, self.sinks
+        return KeyValueCache(batch, self.n_kv_heads, capacity, width, dtype, device, window, sinks)

@@ -65,11 +65,11 @@ class LatentAttention(nn.Module):
         self.o = Linear(spec.n_heads * self.value, spec.d_model, bias=spec.out_bias)
         self.scale = latent.scale * (self.nope + latent.rope_dim) ** -0.5
         self.rotary = Rotary.of(spec, latent.rope_dim)
-        self.causal, self.dropout = spec.causal, spec.dropout
+        self.sight, self.softcap, self.dropout = spec.sight, spec.softcap, spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
         q_BTNH, held_BSC = self._project(x_BTD, context)
-        mask = context.visibility.mask(self.causal)
+        mask = context.visibility.mask(*self.sight, dtype=q_BTNH.dtype)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             assert isinstance(cache, LatentCache)
@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
                 if matrix is not None:  # with adapters on it the layer has no matrix of its own
                     return self.o(self._absorbed(q_BTNH, held_BSC, matrix, mask).flatten(-2))
         k, v = self._keys_values(held_BSC)
-        out = attend_widths(q_BTNH.transpose(1, 2), k, v, mask, dropout, self.scale)
+        out = attend_widths(q_BTNH.transpose(1, 2), k, v, mask, dropout, self.scale, self.softcap)
         return self.o(out.transpose(1, 2).flatten(-2))
 
     def _project(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -129,6 +129,10 @@ class LatentAttention(nn.Module):
         held_BSC = held_BSC.to(q.dtype)
         scores = torch.bmm(q.view(batch, new * self.n_heads, -1), held_BSC.mT)
         scores = scores.view(batch, new, self.n_heads, -1)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if mask.bias is not None:
+            scores = scores + mask.bias.transpose(1, 2)
         if mask.visible is not None:
             scores = scores.masked_fill(~mask.visible.transpose(1, 2), torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1).to(held_BSC.dtype).flatten(1, 2)
@@ -145,4 +149,5 @@ class LatentAttention(nn.Module):
 
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
         """Room for the latents and rotary keys of `capacity` tokens."""
-        return LatentCache(batch, capacity, self.latent.cached, dtype, device)
+        _, window, sinks, _ = self.sight
+        return LatentCache(batch, capacity, self.latent.cached, dtype, device, window, sinks)
