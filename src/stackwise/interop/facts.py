@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from stackwise.model.spec import RackSpec
@@ -11,15 +11,29 @@ from stackwise.model.spec import RackSpec
 def facts_of(spec: RackSpec) -> dict[str, Any]:
     """The keys of `model.*` that all blocks share, as the first one has them; `n_layers` counts the blocks."""
     block = spec.blocks[0]
-    return {
-        **{
-            name: value for name, value in asdict(block).items() if not isinstance(value, dict | list | tuple)
-        },
+    rich = next((b for b in spec.blocks if b.experts is not None), block)
+    facts = {
+        **_plain(spec),
+        **_plain(block),
         "head_dim": block.head_dim,
-        "vocab_size": spec.vocab_size,
-        "max_seq_len": spec.max_seq_len,
         "tie_embeddings": spec.tied,
         "n_layers": len(spec.blocks),
+    }
+    if rich.experts is not None:
+        facts |= {f"moe.{name}": value for name, value in _plain(rich.experts).items()}
+        facts |= {"moe.d_ff": rich.experts.width or rich.d_ff, "moe.first_dense": spec.blocks.index(rich)}
+    if block.latent is not None:
+        names = {"q_rank": "mla_rq", "kv_rank": "mla_rkv", "rope_dim": "mla_rope_dim"}
+        facts |= {f"attention_overrides.{names[n]}": getattr(block.latent, n) for n in names}
+    return facts
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is None or isinstance(value, bool | int | float | str)
     }
 
 
@@ -41,6 +55,9 @@ def differences(spec: RackSpec, other: RackSpec) -> list[str]:
     return list(found.values())
 
 
+_OF_TRAINING = {"aux_weight": 0.0, "bias_rate": 0.0, "z_weight": 0.0}
+
+
 def _computed(spec: RackSpec) -> dict[str, Any]:
     """The description without what only training knows."""
     blocks = [
@@ -50,6 +67,9 @@ def _computed(spec: RackSpec) -> dict[str, Any]:
             zero_init_outputs=False,
             freeze_up_proj=False,
             head_width=block.head_dim,
+            experts=None
+            if block.experts is None
+            else replace(block.experts, width=block.experts.width or block.d_ff, **_OF_TRAINING),
             attention_bias="all" if block.out_bias else "qkv" if block.qkv_bias else "none",
         )
         for block in spec.blocks

@@ -73,6 +73,8 @@ class Family:
     write: Callable[[RackSpec], dict[str, Any]] | None = None
     skipped: tuple[str, ...] = ()
     base: str = ""
+    copies: tuple[tuple[str, str], ...] = ()
+    """Tensors that some files hold twice where they are tied, and the names under which they are read."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Endings of names in older files, and the ones of today."""
     also: tuple[str, ...] = field(default=())

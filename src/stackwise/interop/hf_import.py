@@ -150,7 +150,7 @@ def stackwise_config(
     layers = settings.pop("n_layers", None)
     if problems:
         raise ConfigError([replace(problem, file=problem.file or file) for problem in problems])
-    model = {**settings, **cut(layers, stacks, blocks_per_stack)}
+    model = {**nested(settings), **cut(layers, stacks, blocks_per_stack)}
     causal = settings["attention_preset"] == "gpt_style"
     training: dict[str, Any] = {
         "progressive": {"enabled": False, "training_objective": "clm" if causal else "mlm"},
@@ -165,6 +165,18 @@ def stackwise_config(
         raise ConfigError(
             [replace(p, key=spelt.get(p.key, p.key), file=file, line=None) for p in error.problems]
         ) from None
+
+
+def nested(settings: Settings) -> Settings:
+    """Keys with dots as maps in maps."""
+    tree: Settings = {}
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        level = tree
+        for section in sections:
+            level = level.setdefault(section, {})
+        level[name] = value
+    return tree
 
 
 def cut(layers: Any, stacks: int | None, blocks_per_stack: int | None) -> Settings:
@@ -203,14 +215,14 @@ def match(
         held[full if bare and (full in wanted or family.skips(full)) else today] = name
     skipped = sorted(held[name] for name in held.keys() - wanted.keys() if family.skips(name))
     extra = sorted(name for name in held.keys() - wanted.keys() if not family.skips(name))
-    if rack.spec.tied and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
-        table = next(entry.theirs[0] for entry in rows if entry.ours == ("embedding.weight",))
-        if table in held and not torch.equal(folder.get(held["lm_head.weight"]), folder.get(held[table])):
-            raise InterchangeError(
-                f"{folder.path}: tie_word_embeddings is true, but lm_head.weight is not {held[table]}; which of the two "
-                "is the head cannot be known: set tie_word_embeddings to what the model was trained with"
-            )
+    for copy, first in family.copies:
+        if copy in extra and first in held:
+            extra.remove(copy)
+            if not torch.equal(folder.get(held[copy]), folder.get(held[first])):
+                raise InterchangeError(
+                    f"{folder.path}: tie_word_embeddings is true, but {held[copy]} is not {held[first]}; which of the two "
+                    "the model needs cannot be known: set tie_word_embeddings to what it was trained with"
+                )
     lines = [f"missing     {name} {shape_text(shape)}" for name, shape in wanted.items() if name not in held]
     lines += [
         f"wrong shape {held[name]} {shape_text(folder.shapes[held[name]])}, needed {shape_text(shape)}"

@@ -34,6 +34,7 @@ LLAMA_KEYS = (
     Key("attention_dropout", "dropout", default=0.0),
     Key("tie_word_embeddings", "tie_embeddings", default=False),
 )
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 ROTARY_BUFFER = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
@@ -57,15 +58,23 @@ def attention_rows(spec: BlockSpec) -> list[Row]:
     return rows
 
 
-def gated_block(spec: BlockSpec) -> list[Row]:
-    """A layer with a norm before each of its two halves."""
-    leaves = ("weight", "bias") if spec.bias else ("weight",)
+def norm_rows() -> list[Row]:
+    """A norm before each of the two halves of a layer."""
     return [
         row("input_layernorm.weight", "attn_norm.weight"),
         row("post_attention_layernorm.weight", "ffn_norm.weight"),
-        *attention_rows(spec),
-        *(row(f"mlp.{x}_proj.{y}", f"ffn.{x}.{y}") for x in ("gate", "up", "down") for y in leaves),
     ]
+
+
+def feed_forward_rows(theirs: str, ours: str, biased: bool = False) -> list[Row]:
+    """A gated feed-forward."""
+    leaves = ("weight", "bias") if biased else ("weight",)
+    return [row(f"{theirs}.{x}_proj.{y}", f"{ours}.{x}.{y}") for x in ("gate", "up", "down") for y in leaves]
+
+
+def gated_block(spec: BlockSpec) -> list[Row]:
+    """A layer of Llama."""
+    return [*norm_rows(), *attention_rows(spec), *feed_forward_rows("mlp", "ffn", spec.bias)]
 
 
 def read_rope(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:

@@ -70,5 +70,6 @@ FAMILY = Family(
     ends=_ends,
     block=_block,
     skipped=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    copies=(("lm_head.weight", "transformer.wte.weight"),),
     base="transformer.",
 )

@@ -9,6 +9,7 @@ from stackwise.interop.families.common import (
     LLAMA_KEYS,
     LLAMA_SETTINGS,
     ROTARY_BUFFER,
+    TIED,
     gated_block,
     llama_ends,
     read_biases,
@@ -43,5 +44,6 @@ FAMILY = Family(
     layer="model.layers.{}.",
     ends=llama_ends,
     block=gated_block,
+    copies=TIED,
     skipped=(ROTARY_BUFFER,),
 )

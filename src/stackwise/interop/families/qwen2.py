@@ -8,6 +8,7 @@ from stackwise.config.errors import Problem
 from stackwise.interop.families.common import (
     LLAMA_KEYS,
     LLAMA_SETTINGS,
+    TIED,
     gated_block,
     llama_ends,
     read_layer_types,
@@ -39,4 +40,5 @@ FAMILY = Family(
     layer="model.layers.{}.",
     ends=llama_ends,
     block=gated_block,
+    copies=TIED,
 )

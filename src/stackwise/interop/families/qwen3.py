@@ -8,6 +8,7 @@ from stackwise.config.errors import Problem
 from stackwise.interop.families.common import (
     LLAMA_KEYS,
     LLAMA_SETTINGS,
+    TIED,
     gated_block,
     llama_ends,
     read_biases,
@@ -44,4 +45,5 @@ FAMILY = Family(
     layer="model.layers.{}.",
     ends=llama_ends,
     block=gated_block,
+    copies=TIED,
 )
