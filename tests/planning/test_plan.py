@@ -31,6 +31,22 @@ CONFIGS = {
         "model__norm_placement": "post",
         "model__ffn_type": "gelu",
     },
+    "windows with sinks, four norms, capped scores": {
+        **APPEND,
+        "model__sliding_window": 5,
+        "model__attention_sinks": 2,
+        "model__norm_placement": "both",
+        "model__attention_softcap": 4.0,
+        "model__head_dim": 6,
+        "model__rope_scaling": {"type": "dynamic", "factor": 2.0},
+    },
+    "ALiBi in a window, parallel layers": {
+        **APPEND,
+        "model__pos_encoding": "alibi",
+        "model__sliding_window": 5,
+        "model__parallel_layers": True,
+        "model__attention_bias": "qkv",
+    },
     "bf16, bias, short convolutions, Muon": {
         **APPEND,
         "training__dtype": "bfloat16",
