@@ -30,6 +30,7 @@ _HOMES = {
         "TokenClassifier",
         "ValueHead",
     ],
+    "stackwise.model.lexical": ["LexicalKernelManager"],
     "stackwise.model.rack": ["Rack"],
     "stackwise.model.settings": ["ArchitectureConfig"],
     "stackwise.objectives.depth": ["MaskScheduler"],
@@ -48,6 +49,7 @@ __all__ = [
     "ArchitectureTrainer",
     "Block",
     "ConfigError",
+    "LexicalKernelManager",
     "MaskScheduler",
     "MemoryManager",
     "NoiseSchedule",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
         TokenClassifier,
         ValueHead,
     )
+    from stackwise.model.lexical import LexicalKernelManager
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
     from stackwise.objectives.depth import MaskScheduler

@@ -26,6 +26,11 @@ BROKEN = [
         "must divide model.d_model 100, got 12; allowed: 1, 2, 4, 5, 10, 20, 25, 50, 100; or set model.head_dim",
     ),
     ("model: {d_model: 12, n_heads: 4}", "model.d_model", "even head width"),
+    (
+        "model: {tie_embeddings: true, tie_adapter: transpose, tokenizer_embedding: {adapter_hidden_dim: 9}}",
+        "model.tie_adapter",
+        "transpose of an MLP",
+    ),
     ("model: {tie_embeddings: true, head_rank: 8}", "model.head_rank", "tied to the embedding, got 8"),
     (
         "training: {progressive: {building_mode: cyclic, trunk_precision: nf4}}",
@@ -700,6 +705,10 @@ def test_attention_presets():
 
 
 NOTED = [
+    (
+        "model: {tokenizer_embedding: {freeze_embeddings: false}}",
+        "freeze_embeddings has no effect: the embedding's table",
+    ),
     (
         "model: {tie_embeddings: true, tie_adapter: transpose}",
         "model.tie_adapter has no effect: the head is not tied to a table of another width",

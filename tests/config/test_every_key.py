@@ -324,6 +324,7 @@ PROOFS: dict[str, Proof] = {
     "model.embedding_scale": rack(2.0),
     "model.token_types": rack(2),
     "model.embedding_width": rack(32),
+    "model.tokenizer_embedding.adapter_hidden_dim": rack(8),
     "model.tie_adapter": rack("transpose", {"model.embedding_width": 32, "model.tie_embeddings": True}),
     "model.head_rank": rack(8),
     "model.head_transform": rack(True),
@@ -485,6 +486,10 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "model.tokenizer_embedding.family": "tests/model/test_pretrained_tables.py::test_the_table_is_that_of_the_folder",
+    "model.tokenizer_embedding.embedding_option": "tests/model/test_pretrained_tables.py::test_the_table_is_that_of_the_folder",
+    "model.tokenizer_embedding.freeze_embeddings": "tests/model/test_pretrained_tables.py::"
+    "test_frozen_tables_stay_and_what_is_around_them_trains",
     "training.progressive.consistency_weight": "tests/training/test_consistency.py::test_runs_hold_new_stacks_to_it_and_no_others",
     "training.stages.N.cache": "tests/curriculum/test_own_keys.py::test_a_stage_decides_about_its_own_store",
     "checkpoint.init_from": "tests/curriculum/test_start.py::"

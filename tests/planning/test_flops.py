@@ -108,8 +108,10 @@ def test_a_tied_head_trains_with_the_embedding(monkeypatch):
         {"tied": True, "embedding_width": 24, "tie_adapter": "transpose"},
         {"embedding_width": 6, "adapter_hidden": 10, "head_rank": 5},
         {"head_transform": True, "token_types": 2, "embedding_norm": "learned", "logit_softcap": 5.0},
+        {"tied": True, "embedding_width": 6, "frozen_rows": 29},
+        {"tied": True, "embedding_width": 6, "frozen_rows": 28, "adapter_hidden": 8},
     ],
-    ids=["bert", "transposed", "low rank", "transform"],
+    ids=["bert", "transposed", "low rank", "transform", "frozen", "one new row"],
 )
 @pytest.mark.parametrize(
     "units",
@@ -119,6 +121,13 @@ def test_a_tied_head_trains_with_the_embedding(monkeypatch):
 def test_what_stands_around_the_blocks_is_counted(ends, units, monkeypatch):
     rack = Rack(replace(make_rack().spec, **ends))
     assert counted(rack, units, monkeypatch) == pytest.approx(step_flops(rack.spec, units, TOKENS), rel=1e-9)
+
+
+def test_nothing_flows_in_front_of_a_frozen_table(monkeypatch):
+    rack = Rack(replace(make_rack().spec, frozen_rows=29))
+    expected = step_flops(rack.spec, {"embedding", "stack:s3"}, TOKENS)
+    assert expected == step_flops(rack.spec, {"stack:s3"}, TOKENS)
+    assert counted(rack, {"embedding", "stack:s3"}, monkeypatch) == pytest.approx(expected, rel=1e-9)
 
 
 def test_causal_attention_costs_what_is_seen():

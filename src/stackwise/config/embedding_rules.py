@@ -29,7 +29,23 @@ def a_tied_head_has_no_rank_of_its_own(config: StackWiseConfig) -> Problem | Non
 
 def _no_tied_adapter(config: StackWiseConfig) -> bool:
     model = config.model
-    return not ties(config) or model.embedding_width in (None, model.d_model)
+    of_its_own = model.embedding_width in (None, model.d_model) and _fresh(config)
+    return not ties(config) or (of_its_own and model.tokenizer_embedding.adapter_hidden_dim is None)
+
+
+@rule("model.tie_adapter", "model.tokenizer_embedding.adapter_hidden_dim", "model.tie_embeddings")
+def an_mlp_has_no_transpose(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    hidden = model.tokenizer_embedding.adapter_hidden_dim
+    if model.tie_adapter != "transpose" or hidden is None or not ties(config):
+        return None
+    message = "cannot be the transpose of an MLP"
+    hint = "set model.tokenizer_embedding.adapter_hidden_dim=null"
+    return Problem("model.tie_adapter", message, "transpose", "linear", hint)
+
+
+def _fresh(config: StackWiseConfig) -> bool:
+    return config.model.tokenizer_embedding.family is None
 
 
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
@@ -37,5 +53,9 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
         "model.tie_adapter",
         _no_tied_adapter,
         "the head is not tied to a table of another width",
+    ),
+    *(
+        (f"model.tokenizer_embedding.{name}", _fresh, "the embedding's table is a fresh one")
+        for name in ("embedding_option", "freeze_embeddings")
     ),
 ]

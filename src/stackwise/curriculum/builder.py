@@ -26,6 +26,7 @@ from stackwise.model.block import Stack
 from stackwise.model.describe import rack_spec, stack_blocks
 from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.init import start_spectral_norm
+from stackwise.model.lexical import take_table_of
 from stackwise.model.rack import Rack, count_parameters
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import add_spectral_norm
@@ -167,6 +168,7 @@ class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
             own = {} if stack is None else {new.uid: stack}
             if held is None:
                 self._rack = Rack(spec.with_stacks([new]), seed=seed, stacks=list(own.values()) or None)
+                take_table_of(self.config, self._rack)
             else:
                 grown = spec.with_stacks([new, *spec.stacks] if at_left else [*spec.stacks, new])
                 self._rack = adopt(held, grown, seed, own=own)

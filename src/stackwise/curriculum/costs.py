@@ -19,7 +19,8 @@ def with_vocabulary(config: StackWiseConfig) -> StackWiseConfig:
     """The config with a vocabulary: where that is not known yet, of 2 tokens."""
     if config.model.vocab_size is not None:
         return config
-    model = config.model.model_copy(update={"vocab_size": 2})
+    fresh = config.model.tokenizer_embedding.model_copy(update={"family": None})
+    model = config.model.model_copy(update={"vocab_size": 2, "tokenizer_embedding": fresh})
     return config.model_copy(update={"model": model})
 
 

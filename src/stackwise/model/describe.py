@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stackwise.config.embedding_rules import ties
-from stackwise.config.objective_rules import time_of
+from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.objective_rules import masks, time_of
 from stackwise.config.rules import appends, stacks_at_the_end
 from stackwise.model.attention_settings import AttentionFields, attention_fields
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.parts import KernelSpec, LatentSpec
+from stackwise.model.pretrained import Table, find_table
 from stackwise.model.settings import ModelSettings
 from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 
@@ -145,6 +147,27 @@ def stack_blocks(config: StackWiseConfig) -> list[tuple[BlockSpec, ...]]:
     ]
 
 
+def table_of(config: StackWiseConfig) -> Table | None:
+    """The pretrained table that the embedding starts from; null where it is fresh. Its values are not read.
+
+    ConfigError where there is none, or where its width or its number of tokens is not the model's.
+    """
+    model, keys = config.model, config.model.tokenizer_embedding
+    if keys.family is None:
+        return None
+    table = find_table(keys.family, keys.embedding_option)
+    if model.embedding_width not in (None, table.width):
+        message = f"is not the width of the table of {keys.family}, which is {table.width}"
+        problem = Problem("model.embedding_width", message, model.embedding_width, f"null or {table.width}")
+        raise ConfigError(problem)
+    added = config.objective.mask_token_id == table.rows and masks(config)
+    if model.vocab_size not in (table.rows, table.rows + added):
+        message = f"does not fit the table of {keys.family}, which has {table.rows} tokens"
+        hint = f"set it to {table.rows} if the tokenizer is that of the family, or take a fresh table"
+        raise ConfigError(Problem("model.vocab_size", message, model.vocab_size, str(table.rows), hint))
+    return table
+
+
 def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
     """The rack of a config, with its first `n_stacks` stacks (null: as many as the run ends with).
 
@@ -158,6 +181,8 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
     tail = tuple(block_spec(model, depth + i) for i in range(tail_blocks(config)))
     count = len(stacks) if n_stacks is None else n_stacks
     built = [*stacks, *(stacks[-1:] * (count - len(stacks)))][:count]
+    table = table_of(config)
+    frozen = table is not None and model.tokenizer_embedding.freeze_embeddings
     return RackSpec(
         vocab_size=model.vocab_size,
         d_model=model.d_model,
@@ -174,7 +199,9 @@ def rack_spec(config: StackWiseConfig, n_stacks: int | None = None) -> RackSpec:
         embedding_norm=model.embedding_norm,
         embedding_scale=model.embedding_scale,
         token_types=model.token_types,
-        embedding_width=model.embedding_width or 0,
+        embedding_width=(model.embedding_width or 0) if table is None else table.width,
+        adapter_hidden=model.tokenizer_embedding.adapter_hidden_dim or 0,
+        frozen_rows=table.rows if table is not None and frozen else 0,
         tie_adapter=model.tie_adapter,
         head_rank=model.head_rank or 0,
         head_transform=model.head_transform,

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from stackwise.config.errors import ConfigError, Problem
 from stackwise.model.block import Stack
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.describe import attention_options, block_spec, rack_spec
+from stackwise.model.embedding import OwnEmbedding
+from stackwise.model.init import Start, init_weights
+from stackwise.model.lexical import take_table_of
+from stackwise.model.own_io import Head
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec, StackSpec
 
@@ -74,7 +80,9 @@ def create_simple_rack(
 def create_rack_from_config(config: StackWiseConfig | Mapping[str, Any]) -> Rack:
     """The finished rack of a config, a nested mapping or a `to_dict()`; honours every `model.*` key."""
     root = _as_config(config)
-    return Rack(rack_spec(root), seed=root.training.seed)
+    rack = Rack(rack_spec(root), seed=root.training.seed)
+    take_table_of(root, rack)
+    return rack
 
 
 def create_stack_from_config(
@@ -110,7 +118,7 @@ def create_rack_from_specs(
     tie_embeddings: bool = True,
     use_rope: bool = True,
     rope_theta: float = 1e4,
-    embedding_layer: nn.Embedding | None = None,
+    embedding_layer: nn.Module | None = None,
     *,
     max_seq_len: int = 2048,
     seed: int = 0,
@@ -118,7 +126,8 @@ def create_rack_from_specs(
     """A rack of unlike stacks.
 
     Each spec: {stack_id, n_blocks, block_spec, freeze_blocks?}, sorted by id; `block_spec` holds keyword arguments of
-    `Block`. A doubled id, unequal widths or an unknown key raise ValueError or TypeError.
+    `Block`. A doubled id, unequal widths or an unknown key raise ValueError or TypeError. `embedding_layer`: an
+    nn.Embedding, of any width, or a module as in `model.embedding.OwnEmbedding`; of another vocabulary: ConfigError.
     """
     allowed = {"stack_id", "n_blocks", "block_spec", "freeze_blocks"}
     for row in stack_specs:
@@ -138,7 +147,12 @@ def create_rack_from_specs(
         block = BlockSpec.create(options)
         stacks.append(StackSpec(f"s{row['stack_id']}", (block,) * row["n_blocks"], position))
         frozen.append(bool(row.get("freeze_blocks", False)))
-    first = stacks[0].blocks[0]
+    first, width = stacks[0].blocks[0], 0
+    if embedding_layer is not None:
+        held, width = _size_of(embedding_layer)
+        if held != vocab_size:
+            message = f"is not the vocabulary of the embedding layer, which has {held} tokens"
+            raise ConfigError(Problem("vocab_size", message, vocab_size, str(held)))
     spec = RackSpec(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -148,15 +162,13 @@ def create_rack_from_specs(
         norm=first.norm,
         norm_eps=first.norm_eps,
         tied=tie_embeddings,
+        embedding_width=width,
     )
     rack = Rack(spec, seed=seed)
-    if embedding_layer is not None:
-        if (embedding_layer.num_embeddings, embedding_layer.embedding_dim) != (vocab_size, d_model):
-            raise ValueError(
-                f"embedding_layer is {embedding_layer.num_embeddings} x {embedding_layer.embedding_dim}, "
-                f"the rack needs {vocab_size} x {d_model}"
-            )
+    if isinstance(embedding_layer, nn.Embedding):
         rack.embedding.weight = embedding_layer.weight
+    elif embedding_layer is not None:
+        _place(rack, embedding_layer, seed)
     for stack, freeze in zip(rack.stacks, frozen, strict=True):
         if freeze:
             stack.freeze_all()
@@ -168,6 +180,30 @@ def _positions(block: BlockSpec, use_rope: bool) -> str:
     if block.alibi:
         return "alibi"
     return "rope" if use_rope else "learned"
+
+
+def _size_of(layer: Any) -> tuple[int, int]:
+    """(tokens, width of the table) of an embedding layer."""
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    own: Any = OwnEmbedding(layer).module
+    return own.vocab_size, own.embedding_dim
+
+
+def _place(rack: Rack, layer: nn.Module, seed: int) -> None:
+    """Put a user's module in the embedding's place, and tie the head to it where the rack is tied."""
+    own: Any = OwnEmbedding(layer)
+    with torch.no_grad():
+        given = layer(torch.zeros(1, 1, dtype=torch.int64, device=rack.device))
+    if given.shape != (1, 1, rack.spec.d_model):
+        raise ValueError(
+            f"the embedding layer gives vectors of {given.shape[-1]}, and the rack is {rack.spec.d_model} wide"
+        )
+    rack.embedding = own
+    if rack.spec.tied:
+        _ = own.matrix
+        rack.head = Head(rack.spec, own)
+        init_weights(rack.head, Start.of(rack.spec, seed), prefix="head.")
 
 
 def _as_config(config: StackWiseConfig | Mapping[str, Any]) -> StackWiseConfig:

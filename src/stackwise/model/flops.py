@@ -134,7 +134,7 @@ def step_flops(
     free.
     """
     own_io = any(unit.startswith("io:") for unit in trained)
-    flows = own_io or "embedding" in trained
+    flows = (own_io or "embedding" in trained) and spec.embedding_trains
     total = _embedding_flops(spec, flows) if not cached else 0.0
     for index, work in enumerate(rows_of(spec, trained, alone)):
         if index < cached:
@@ -155,8 +155,10 @@ def embedding_matrices(spec: RackSpec) -> list[tuple[int, int]]:
 
 
 def head_matrices(spec: RackSpec) -> list[tuple[int, int, str]]:
-    """(outputs, inputs, whose it is: head or embedding) of the head's matrices, in order."""
+    """(outputs, inputs, whose it is: head, embedding or nobody, where it never trains) of the head's matrices, in order."""
     width, table = spec.d_model, "embedding" if spec.tied else "head"
+    if spec.tied and not spec.table_trains:
+        table = "nobody"
     transposed = spec.tied and spec.tie_adapter == "transpose"
     return [
         *([(width, width, "head")] if spec.head_transform else []),
@@ -167,7 +169,11 @@ def head_matrices(spec: RackSpec) -> list[tuple[int, int, str]]:
 
 def _embedding_flops(spec: RackSpec, trains: bool) -> float:
     """FLOP per token between table and model; looking up is free."""
-    return sum(2.0 * rows * columns for rows, columns in embedding_matrices(spec)) * (3 if trains else 1)
+    total, flows = 0.0, trains and spec.table_trains
+    for rows, columns in embedding_matrices(spec):
+        total += 2.0 * rows * columns * (1 + trains + flows)
+        flows = trains
+    return total
 
 
 def _head_flops(spec: RackSpec, flows: bool, learns: Collection[str]) -> float:

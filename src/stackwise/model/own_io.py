@@ -65,7 +65,7 @@ class Head(nn.Module):
         """The head that is this [V, D] matrix and no more."""
         head = cls.__new__(cls)
         nn.Module.__init__(head)
-        head._tied = [SimpleNamespace(weight=matrix)]
+        head._tied = [SimpleNamespace(matrix=matrix)]
         head.transform = head.adapter = head.bias = head.softcap = None
         head.transposed = False
         return head
@@ -73,7 +73,7 @@ class Head(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The [V, W] matrix, whoever owns it."""
-        matrix: Tensor = self._tied[0].weight if self._tied else self.weight
+        matrix: Tensor = self._tied[0].matrix if self._tied else self.weight
         return matrix
 
     @property

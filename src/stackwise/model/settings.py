@@ -12,6 +12,7 @@ from stackwise.config.types import (
     Int,
     NonNegativeInt,
     OneOf,
+    PathText,
     PositiveFloat,
     PositiveInt,
     UnitFloat,
@@ -85,6 +86,19 @@ class StackShape(Settings):
             **self.attention_overrides.model_dump(exclude_none=True),
         }
         return model.model_copy(update={**own, "attention_overrides": AttentionFields(**overrides)})
+
+
+class TokenizerEmbedding(Settings):
+    """The embedding's table: a fresh one, or that of a pretrained model."""
+
+    family: PathText | None = None
+    """Pretrained model whose table is taken: the folder of a model, an id of the Hugging Face hub, or gpt2, bert, modernbert, llama3, qwen3, mistral, gemma3. null: a fresh table, nothing is fetched."""
+    embedding_option: Literal["embed_tokens", "lm_head"] = "embed_tokens"
+    """Which of its tables: that of its embedding or of its head."""
+    freeze_embeddings: Flag = True
+    """Keep the pretrained rows as they are; rows of tokens it lacks, such as the mask token, train."""
+    adapter_hidden_dim: PositiveInt | None = None
+    """Width between two linears with a GELU that bring the table to `d_model`. null: one linear, where the widths differ."""
 
 
 class ModelSettings(Settings):
@@ -166,6 +180,8 @@ class ModelSettings(Settings):
     """Kinds of sentences with a trained vector each, added to the embedding; 2 tells the sentences of a pair apart. 0: none."""
     embedding_width: PositiveInt | None = None
     """Width of the embedding's table; an adapter brings it to `d_model`, and, tied, the head back to it. null: `d_model`."""
+    tokenizer_embedding: TokenizerEmbedding = Field(default_factory=TokenizerEmbedding)
+    """Where the embedding's table comes from, and what brings it to `d_model`."""
     tie_adapter: Literal["linear", "transpose"] = "linear"
     """What brings the hidden state to a tied table of another width: a linear of its own, or the embedding's adapter transposed."""
     head_rank: PositiveInt | None = None

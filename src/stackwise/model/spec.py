@@ -126,7 +126,8 @@ class RackSpec:
     an append run. `planned_blocks` is the depth the run ends with; initial scales follow it. `tied`: the
     head is the embedding's matrix. `time`: how it is told the time of the noise; null: it is not. `embedding_norm`:
     true is unit rms, "learned" the model's norm behind all that is added. `embedding_width` 0 is `d_model`,
-    `adapter_hidden` 0 a linear adapter where that differs; see `model.embedding`. `tie_adapter` and all that begins
+    `adapter_hidden` 0 a linear adapter where that differs, and the first `frozen_rows` tokens of the table never
+    train; see `model.embedding`. `tie_adapter` and all that begins
     with `head`: see `model.own_io`; `head_rank` 0 is a full matrix. Wrong values are ValueErrors.
     """
 
@@ -147,6 +148,7 @@ class RackSpec:
     embedding_scale: float = 1.0
     embedding_width: int = 0
     adapter_hidden: int = 0
+    frozen_rows: int = 0
     tie_adapter: str = "linear"
     head_rank: int = 0
     head_transform: bool = False
@@ -169,6 +171,8 @@ class RackSpec:
             raise ValueError(problem)
 
     def _problems(self) -> Iterator[str]:
+        if not 0 <= self.frozen_rows <= self.vocab_size:
+            yield f"frozen_rows must be from 0 to vocab_size {self.vocab_size}, got {self.frozen_rows}"
         for name in ("token_types", "embedding_width", "adapter_hidden", "head_rank"):
             if getattr(self, name) < 0:
                 yield f"{name} must be at least 0, got {getattr(self, name)}"
@@ -224,6 +228,17 @@ class RackSpec:
     def embedding_adapter(self) -> bool:
         """Whether something stands between table and model."""
         return bool(self.adapter_hidden) or self.table_width != self.d_model
+
+    @property
+    def table_trains(self) -> bool:
+        """Whether any row of the embedding's table can train."""
+        return self.frozen_rows < self.vocab_size
+
+    @property
+    def embedding_trains(self) -> bool:
+        """Whether anything can train in front of the blocks."""
+        around = self.embedding_adapter or self.token_types or self.time or self.embedding_norm == "learned"
+        return self.table_trains or bool(around) or self.positions == "learned"
 
     @property
     def head_width(self) -> int:

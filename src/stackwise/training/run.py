@@ -27,6 +27,7 @@ from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.reference import reference_lines, tokens_besides
+from stackwise.model.lexical import take_table_of
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Noise, Objective
 from stackwise.objectives.build import objective_of
@@ -96,6 +97,7 @@ def train(
             if (short := short_phase(resolved, stages)) is not None:
                 notes.append(short)
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
+            take_table_of(resolved, rack)
             if resolved.checkpoint.init_from is not None:
                 to_all = shared_start_steps(resolved, 1) > 0
                 notes = [
