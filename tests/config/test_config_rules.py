@@ -21,6 +21,11 @@ MLA = "model: {attention_preset: mla_attention, attention_overrides: {attention_
 
 BROKEN = [
     (
+        "data: {packing: false, bucketing: true}\ntraining: {progressive: {cache_activations: true}}",
+        "training.progressive.cache_activations",
+        "stored outputs have one width, and under data.bucketing batches have widths of their own",
+    ),
+    (
         "model: {d_model: 100}",
         "model.n_heads",
         "must divide model.d_model 100, got 12; allowed: 1, 2, 4, 5, 10, 20, 25, 50, 100; or set model.head_dim",
@@ -857,6 +862,7 @@ NOTED = [
     ),
     ("data: {eval_path: b.txt, eval_fraction: 0.5}", "data.eval_path wins"),
     ("data: {packing: false, doc_mask: false}", "data.doc_mask has no effect"),
+    ("data: {bucketing: true}", "data.bucketing has no effect: packed rows"),
     ("data: {text_key: body}", "data.text_key has no effect"),
     ("generation: {temperature: 0, top_k: 3}", "generation.top_k has no effect: temperature 0 is greedy"),
     ("generation: {temperature: 0, top_p: 0.5}", "generation.top_p has no effect"),

@@ -508,6 +508,7 @@ PROVEN_ELSEWHERE = {
     "data.eval_fraction": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
     "data.tokenizer": "tests/data/test_prepare.py::test_the_hash_follows_everything_that_shapes_the_corpus",
     "data.text_key": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",
+    "data.bucketing": "tests/data/test_buckets.py::test_rows_of_a_batch_are_about_as_long",
     "data.max_bytes": "tests/data/test_sources.py::test_max_bytes_ends_the_text_at_the_last_whole_character",
     "generation.sampler": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",
     "generation.steps": "tests/inference/test_masked_text.py::test_all_settings_of_sampling_are_passed_on",

@@ -88,7 +88,10 @@ def test_ranks_are_disjoint_and_together_see_what_one_process_sees(world_size):
     assert {json.dumps(rank.state_dict()) for rank in ranks} == {json.dumps(whole.state_dict())}
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": False, "pad_id": 1}, {"doc_mask": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": False, "pad_id": 1}, {"packing": False, "bucketing": True}, {"doc_mask": False}],
+)
 def test_workers_change_nothing(options):
     plain, ahead = loader(**options), loader(num_workers=2, **options)
     assert_equal(take(plain, 15), take(ahead, 15))
@@ -141,6 +144,7 @@ def test_a_saved_position_continues_with_another_batch_size_and_world():
         ({"seq_len": 4}, "rows was 24 and is 49, seq_len was 8 and is 4"),
         ({"shuffle": False}, "shuffle was True and is False"),
         ({"packing": False}, "packing was True and is False"),
+        ({"packing": False, "bucketing": True}, "bucketing was None and is True"),
     ],
 )
 def test_a_position_of_another_order_is_refused(options, message):

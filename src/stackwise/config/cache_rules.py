@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stackwise.config.errors import Problem
 from stackwise.config.residency_rules import freezes_blocks
-from stackwise.config.rules import program_of
+from stackwise.config.rules import program_of, rule
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -30,6 +31,20 @@ def _needs_no_folder(config: StackWiseConfig) -> bool:
 def _stages_say_it(config: StackWiseConfig) -> bool:
     listed = config.training.stages
     return listed is not None and all(stage.cache is not None for stage in listed)
+
+
+@rule("data.bucketing", "training.progressive.cache_activations", "training.stages")
+def _stored_outputs_have_one_width(config: StackWiseConfig) -> list[Problem]:
+    if not config.data.bucketing or config.data.packing:
+        return []
+    choices: dict[str, object] = {
+        "training.progressive.cache_activations": config.training.progressive.cache_activations
+    }
+    for i, stage in enumerate(config.training.stages or ()):
+        choices[f"training.stages.{i}.cache"] = stage.cache
+    message = "stored outputs have one width, and under data.bucketing batches have widths of their own"
+    asked = [key for key, value in choices.items() if value is True or ("stages" in key and value == "auto")]
+    return [Problem(key, message, choices[key], "false, or data.bucketing: false") for key in asked]
 
 
 _OFF = "training.progressive.cache_activations is false"

@@ -237,6 +237,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
         "no stack is added to a trained one",
     ),
     ("data.eval_fraction", lambda c: c.data.eval_path is not None, "data.eval_path wins"),
+    ("data.bucketing", lambda c: c.data.packing, "packed rows are all as long"),
     ("data.doc_mask", lambda c: not c.data.packing, "without packing a row holds one document"),
     ("data.text_key", lambda c: c.data.source in ("stdlib", "text"), "the source has no fields"),
     *generation_rules.INERT,

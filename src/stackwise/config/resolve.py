@@ -100,6 +100,12 @@ def resolve(
     fill("training.optimizer.adam_lr", optimizer.lr, rate, optimizer.optimizer_type == "Muon")
     fill("training.new_stack_lr", optimizer.lr, rate, grows(config))
     fill("training.trunk_lr", optimizer.lr, rate, trains_the_trunk(config))
+    fill(
+        "training.progressive.cache_activations",
+        False,
+        "rows of a batch are as wide as its longest, and stored outputs have one width",
+        config.data.bucketing and not config.data.packing,
+    )
     fill("evaluation.batch_size", training.batch_size, "training.batch_size")
     fill("data.cache_dir", str(PurePath(config.checkpoint.dir) / ".data"), "inside checkpoint.dir")
     return config, derived

@@ -18,7 +18,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.errors import DataError
-from stackwise.data.packing import Batch, Rows, SampleIds, make_rows
+from stackwise.data.packing import Batch, PaddedRows, Rows, SampleIds, make_rows
+
+POOL = 4096
+"""Samples among which rows of the same width are brought together."""
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -39,6 +42,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def by_width(order: SampleIds, widths: SampleIds, seed: int, epoch: int) -> SampleIds:
+    """The same samples, so that neighbours are as wide: in each `POOL` of them, runs of one width.
+
+    The order of the runs depends on (seed, epoch), and not on the batch size: a batch may hold the end of one run and
+    the beginning of the next. widths [rows] by sample id.
+    """
+    parts = []
+    for start in range(0, len(order), POOL):
+        pool = order[start : start + POOL]
+        kinds, kind = np.unique(widths[pool], return_inverse=True)
+        turn = permutation(len(kinds), seed + start + 1, epoch)
+        parts.append(pool[turn[kind].argsort(kind="stable")])
+    return np.concatenate(parts)
 
 
 class TokenLoader:
@@ -65,6 +83,7 @@ class TokenLoader:
         packing: bool = True,
         doc_mask: bool = True,
         pad_id: int | None = None,
+        bucketing: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -74,11 +93,11 @@ class TokenLoader:
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, but must be 0 or more")
         self._make = lambda length: make_rows(
-            split, length, packing=packing, doc_mask=doc_mask, pad_id=pad_id
+            split, length, packing=packing, doc_mask=doc_mask, pad_id=pad_id, trim=bucketing
         )
         self._rows = self._make(seq_len)
         self._usual = (seq_len, batch_size)
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.batch_size, self.seed, self.shuffle, self.bucketing = batch_size, seed, shuffle, bucketing
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         # The order means nothing for other rows, so a saved position names the rows it was made for.
         self._stream = {
@@ -87,6 +106,7 @@ class TokenLoader:
             "packing": packing,
             "seed": seed,
             "shuffle": shuffle,
+            **({"bucketing": True} if bucketing else {}),
         }
         self._cursor = 0
         self._orders: dict[int, SampleIds] = {}
@@ -153,6 +173,8 @@ class TokenLoader:
             if len(self._orders) == 2:  # a batch rarely touches more than two epochs
                 self._orders.clear()
             order = permutation(self.rows, self.seed, epoch) if self.shuffle else np.arange(self.rows)
+            if self.bucketing and isinstance(self._rows, PaddedRows):
+                order = by_width(order, self._rows.widths, self.seed, epoch)
             self._orders[epoch] = order
         return self._orders[epoch]
 
@@ -189,9 +211,9 @@ class TokenLoader:
         Raises: DataError when the position belongs to other rows or another order.
         """
         unequal = [
-            f"{key} was {state.get(key)!r} and is {value!r}"
-            for key, value in self._stream.items()
-            if state.get(key) != value
+            f"{key} was {state.get(key)!r} and is {self._stream.get(key)!r}"
+            for key in {**self._stream, **state}
+            if key != "cursor" and state.get(key) != self._stream.get(key)
         ]
         if unequal:
             raise DataError(

@@ -20,6 +20,9 @@ SampleIds = npt.NDArray[np.int64]
 NO_TARGET = -100
 """Label of a position that has no target."""
 
+GRAIN = 16
+"""Widths of trimmed batches are multiples of this many tokens."""
+
 
 class Rows(Protocol):
     """The samples of a split."""
@@ -90,11 +93,14 @@ class PaddedRows:
     """Every row holds up to T tokens of one document, from its start on, padded on the right.
 
     A piece of a single token has no target inside its document and makes no row. Padding takes
-    `pad_id`, or id 0 where the vocabulary has no padding token: nothing sees it either way.
+    `pad_id`, or id 0 where the vocabulary has no padding token: nothing sees it either way. With `trim` a batch is as
+    wide as its longest row, rounded up to a multiple of `GRAIN`, and T at most.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, *, pad_id: int | None = None) -> None:
-        self.split, self.seq_len, self.pad_id = split, seq_len, pad_id or 0
+    def __init__(
+        self, split: TokenSplit, seq_len: int, *, pad_id: int | None = None, trim: bool = False
+    ) -> None:
+        self.split, self.seq_len, self.pad_id, self.trim = split, seq_len, pad_id or 0, trim
         lengths = np.diff(split.doc_starts, append=split.n_tokens)
         pieces = -(-(lengths - 1) // seq_len)
         self.n_rows = int(pieces.sum())
@@ -104,9 +110,17 @@ class PaddedRows:
         self._start = np.repeat(split.doc_starts, pieces) + piece * seq_len
         self._end = np.repeat(split.doc_starts + lengths, pieces)
 
+    @property
+    def widths(self) -> SampleIds:
+        """How wide a batch of each row alone is, [n_rows]."""
+        lengths = np.minimum(self._end - self._start, self.seq_len)
+        return np.minimum(-(-lengths // GRAIN) * GRAIN, self.seq_len)
+
     def batch(self, sample_ids: SampleIds) -> Batch:
-        T, tokens = self.seq_len, self.split.tokens
         start, end = self._start[sample_ids], self._end[sample_ids]
+        T, tokens = self.seq_len, self.split.tokens
+        if self.trim:
+            T = min(T, -(-int((end - start).max()) // GRAIN) * GRAIN)
         place = start[:, None] + np.arange(T)
         real = place < end[:, None]
         ids = tokens[np.minimum(place, len(tokens) - 1)].astype(np.int64)
@@ -125,14 +139,20 @@ class PaddedRows:
 
 
 def make_rows(
-    split: TokenSplit, seq_len: int, *, packing: bool = True, doc_mask: bool = True, pad_id: int | None = None
-) -> Rows:
+    split: TokenSplit,
+    seq_len: int,
+    *,
+    packing: bool = True,
+    doc_mask: bool = True,
+    pad_id: int | None = None,
+    trim: bool = False,
+) -> PackedRows | PaddedRows:
     """The rows of a split, packed or padded. Raises: DataError when the split does not fill a row."""
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}, but a row holds at least 1 token")
     if packing:
         return PackedRows(split, seq_len, doc_mask=doc_mask)
-    return PaddedRows(split, seq_len, pad_id=pad_id)
+    return PaddedRows(split, seq_len, pad_id=pad_id, trim=trim)
 
 
 def _too_short(split: TokenSplit, needed: int) -> DataError:

@@ -25,6 +25,8 @@ class DataSettings(Settings):
     """Field or column that holds the text, for jsonl, parquet and hf."""
     packing: Flag = True
     """Fill every row with consecutive documents. false: rows of one document each, padded."""
+    bucketing: Flag = False
+    """Without packing: batches of rows of about the same length, padded to the longest among them in place of `training.seq_len`. The order stays one of (seed, epoch), for any batch size; nothing else changes but the work that padding costs."""
     doc_mask: Flag = True
     """In a packed row, stop attention and positions at document edges."""
     shuffle: Flag = True

@@ -162,6 +162,7 @@ def make_loader(config: StackWiseConfig, corpus: Corpus) -> TokenLoader:
         packing=data.packing,
         doc_mask=data.doc_mask,
         pad_id=corpus.tokenizer.pad_id,
+        bucketing=data.bucketing,
     )
 
 
