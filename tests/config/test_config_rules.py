@@ -565,6 +565,11 @@ BROKEN = [
         "model.attention_custom.mla_rope_dim",
         "is for rotary positions, not for learned, got 4; allowed: 0, null",
     ),
+    (
+        "model: {sliding_window: 8, attention_overrides: {kernel_mode: linear}}",
+        "model.attention_overrides.kernel_mode",
+        "never builds the single scores that model.sliding_window would change",
+    ),
     (MLA % "qk_norm: true", "model.attention_overrides.qk_norm", "mla normalises its latents"),
     (
         "model: {attention_preset: mla_attention, qk_norm: true, attention_overrides: {attention_mode: causal}}",
@@ -722,7 +727,7 @@ NOTED = [
         "model: {attention_overrides: {mla_rq: 5}}",
         "attention_overrides.mla_rq has no effect: the attention is not mla",
     ),
-    ("model: {attention_overrides: {kernel_dim: 5}}", "no random features are drawn"),
+    ("model: {attention_overrides: {kernel_dim: 5}}", "the attention has no kernel"),
     (
         "model: {attention_preset: custom, attention_custom: {attention_mode: causal, kernel_norm: l1}}",
         "model.attention_custom.kernel_norm has no effect: the kernel is not laplacian",

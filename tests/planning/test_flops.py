@@ -15,7 +15,7 @@ from stackwise.model.block_spec import BlockSpec
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.flops import attention_flops, block_forward_flops, step_flops, step_units
 from stackwise.model.own_io import InOut
-from stackwise.model.parts import LatentSpec
+from stackwise.model.parts import KernelSpec, LatentSpec
 from stackwise.model.rack import Rack, recompute_block, run_block
 from stackwise.model.spec import AdapterSpec
 from stackwise.objectives.causal import CausalLM
@@ -85,8 +85,11 @@ def test_flops_of_a_step_are_those_of_its_products(units, remat, monkeypatch):
         {"n_kv_heads": 1, "qk_norm": True, "bias": True},
         {"attention_preset": "mla_attention", "latent": LatentSpec(12, 6, 4, 6, 10)},
         {"attention_preset": "mla_attention", "latent": LatentSpec(0, 6, 4)},
+        {"attention_preset": "kernel_attention"},
+        {"attention_preset": "kernel_attention", "kernel": KernelSpec("gaussian", "linear", 8)},
+        {"attention_preset": "mlgka", "kernel": KernelSpec("uniform", features=3)},
     ],
-    ids=lambda block: str(next(iter(block.values()))),
+    ids=lambda block: "-".join(map(str, block.values())),
 )
 @pytest.mark.parametrize("units", [EVERYTHING, {"stack:s2", "norm", "head"}], ids=["all", "third"])
 def test_every_kind_of_block_is_counted(block, units, monkeypatch):

@@ -75,6 +75,25 @@ def linear_mode_has_positive_features(config: StackWiseConfig) -> Problem | None
     )
 
 
+@rule(
+    *WRITTEN,
+    "model.sliding_window",
+    "model.attention_softcap",
+)
+def linear_mode_has_no_single_scores(config: StackWiseConfig) -> Problem | None:
+    model = config.model
+    given = {
+        "model.sliding_window": model.sliding_window is not None,
+        "model.attention_softcap": model.attention_softcap is not None,
+        "model.pos_encoding alibi": model.positions == "alibi",
+    }
+    names = ", ".join(name for name, there in given.items() if there)
+    if _fields(config)["kernel_mode"] != "linear" or not names:
+        return None
+    message = f"never builds the single scores that {names} would change"
+    return _problem(config, "kernel_mode", message, "score, exact", f"or leave out {names}")
+
+
 def has_kernel(config: StackWiseConfig) -> bool:
     """Whether the attention is not that of plain products in a softmax."""
     fields = _fields(config)
@@ -104,11 +123,7 @@ INERT: list[tuple[str, Applies, str]] = [
             (name, lambda c: not has_latent(c), "the attention is not mla")
             for name in ("mla_rq", "mla_rkv", "mla_rope_dim")
         ),
-        (
-            "kernel_dim",
-            lambda c: not has_kernel(c) or _fields(c)["kernel_mode"] == "exact",
-            "no random features are drawn",
-        ),
+        ("kernel_dim", lambda c: not has_kernel(c), "the attention has no kernel"),
         (
             "kernel_bandwidth",
             lambda c: _fields(c)["kernel_type"] == "linear",

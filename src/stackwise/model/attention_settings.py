@@ -44,7 +44,7 @@ class AttentionFields(Settings):
     kernel_type: KernelType | None = None
     """How queries and keys are compared: linear is their product, gaussian, laplacian and uniform depend on their difference."""
     kernel_dim: PositiveInt | None = None
-    """Random features of a kernel. null: 64."""
+    """Random features of a kernel; its square root is what learned factors on the scores start from. null: 64."""
     kernel_mode: Literal["score", "linear", "exact"] | None = None
     """Random features inside the softmax (score), in its place at a cost linear in the length (linear), or the kernel itself inside it (exact). null: score."""
     kernel_bandwidth: PositiveFloat | None = None

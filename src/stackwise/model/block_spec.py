@@ -130,13 +130,18 @@ class BlockSpec:
 
     def _attention_problems(self) -> list[str]:
         found = []
-        if self.kernel is not None:
-            found.append("kernels are described, but not computed yet")
         if (self.attention_type == "mla") != (self.latent is not None):
             found.append(
                 "attention_type mla needs latent, a LatentSpec, which belongs to no other type; got "
                 f"{self.attention_type!r} and {self.latent}"
             )
+        if self.kernel is not None and self.kernel.mode == "linear":
+            given = {"window": self.window, "alibi": self.alibi, "softcap": self.softcap}
+            found += [
+                f"{name} changes single scores, which kernel_mode linear never has; take score"
+                for name, value in given.items()
+                if value
+            ]
         if self.latent is not None:
             if self.qk_norm:
                 found.append(

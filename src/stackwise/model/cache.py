@@ -62,7 +62,10 @@ class BlockCache:
 
 
 class KeyValueCache(BlockCache):
-    """Keys and values: buffers [B, N_kv, capacity, H], filled from the left; with a window they are bounded."""
+    """Keys and values: buffers [B, N_kv, capacity, H], filled from the left; with a window they are bounded.
+
+    Values are as wide as keys unless `value_width` says otherwise.
+    """
 
     def __init__(
         self,
@@ -74,11 +77,12 @@ class KeyValueCache(BlockCache):
         device: torch.device | str = "cpu",
         window: int | None = None,
         sinks: int = 0,
+        value_width: int | None = None,
     ) -> None:
         super().__init__(window, sinks)
-        shape = (batch, heads, self.room(capacity), width)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (batch, heads, self.room(capacity))
+        self.keys = torch.empty(*shape, width, dtype=dtype, device=device)
+        self.values = torch.empty(*shape, value_width or width, dtype=dtype, device=device)
 
     def update(self, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
         """Append T tokens; returns the keys and values that they may look at, themselves included."""
@@ -108,6 +112,28 @@ class LatentCache(BlockCache):
         seen = self.store(self.held, x_BTC)
         self.advance(x_BTC.shape[1])
         return seen
+
+
+class StateCache(BlockCache):
+    """Sums over all tokens seen, whatever their number: [B, heads, D, V] relative to exp(top), top [B, heads]."""
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        features: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.sums = torch.zeros(batch, heads, features, width, dtype=dtype, device=device)
+        self.top = torch.full((batch, heads), -torch.inf, dtype=dtype, device=device)
+
+    def hold(self, sums: Tensor, top: Tensor, count: int) -> None:
+        """Take the sums that `count` more tokens have led to."""
+        self.sums, self.top = sums, top
+        self.advance(count)
 
 
 class RackCache:

@@ -13,6 +13,7 @@
 | what of the time is added to embeddings  | as large as they are: N(0, 1 / (fan_in * d_model))|
 | scales and shifts of the time            | 0: the model without it                           |
 | norm weights; biases                     | 1; 0                                              |
+| random features of kernels (buffers)     | see `attention.kernel`; factors on scores 1       |
 
 * with `zero_init_outputs`.
 
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stackwise.model.attention.kernel import Kernel
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import SpectralLinear
 
@@ -90,6 +92,9 @@ def init_weights(module: nn.Module, start: Start, *, prefix: str = "", zero_outp
             continue  # a rack that is only counted holds no numbers
         zero = zero_outputs or any(name.startswith(path) for path in zeroed)
         init_tensor(prefix + name, parameter, start, zero_output=zero)
+    for path, child in module.named_modules():
+        if isinstance(child, Kernel):
+            child.draw(keyed_generator(start.seed, f"{prefix}{path}.features"))
     start_spectral_norm(module, start.seed, prefix)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stackwise.kernels.rotary import rotate
 from stackwise.model.attention.core import attend
+from stackwise.model.attention.kernel import Kernel
 from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache, KeyValueCache
@@ -40,6 +41,7 @@ class Attention(nn.Module):
         self.o = Linear(spec.query_width, spec.d_model, bias=spec.out_bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.kernel = Kernel(spec) if spec.kernel is not None else None
         self.n_kv_heads, self.head_dim, self.causal = spec.n_kv_heads, spec.head_dim, spec.causal
         self.sight, self.window, self.sinks, self.softcap = spec.sight, spec.window, spec.sinks, spec.softcap
         self.rotary, self.dropout = Rotary.of(spec, spec.head_dim), spec.dropout
@@ -55,6 +57,10 @@ class Attention(nn.Module):
             factors = self.rotary.factors(context, x_BTD)
             q, k = rotate(q, factors), rotate(k, factors)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if self.kernel is not None:
+            dropout = self.dropout if self.training else 0.0
+            out = self.kernel(q, k, v, context.visibility, cache, dropout)
+            return self.o(out.transpose(1, 2).flatten(-2))
         if cache is not None:
             assert isinstance(cache, KeyValueCache)
             k, v = cache.update(k, v)
@@ -65,5 +71,7 @@ class Attention(nn.Module):
 
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
         """Room for the keys and values of `capacity` tokens, or of those that a window shows."""
+        if self.kernel is not None:
+            return self.kernel.make_cache(batch, capacity, dtype, device)
         width, window, sinks = self.head_dim, self.window, self.sinks
         return KeyValueCache(batch, self.n_kv_heads, capacity, width, dtype, device, window, sinks)

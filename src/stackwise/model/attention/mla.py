@@ -14,6 +14,9 @@ which makes it attention with a single key-value head over the latents. A rotati
 hence the rotary numbers of their own. Latents are normalised, heads are not, for the same reason. kv_up and q_up have
 no bias, as in DeepSeek's models: one on keys shifts all scores of a query alike, one on values is a constant.
 
+With a kernel (laplacian and fewer key-value heads: MLGKA) the heads [q_C; q_R] and [k_C; k_R] meet in it. Its features
+are not linear in the latent, so nothing is absorbed: the cache holds the latents all the same, and keys are built anew.
+
 Shape letters: B batch, T new tokens, S seen tokens, D model width, N heads, G key-value heads, C latent and rotary width.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from stackwise.kernels.rotary import rotate
 from stackwise.model.attention.core import attend_widths
+from stackwise.model.attention.kernel import Kernel
 from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache, LatentCache
@@ -64,13 +68,21 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(latent.kv_rank, spec.n_kv_heads * (self.nope + self.value), bias=False)
         self.o = Linear(spec.n_heads * self.value, spec.d_model, bias=spec.out_bias)
         self.scale = latent.scale * (self.nope + latent.rope_dim) ** -0.5
+        self.kernel = Kernel(spec) if spec.kernel is not None else None
         self.rotary = Rotary.of(spec, latent.rope_dim)
         self.sight, self.softcap, self.dropout = spec.sight, spec.softcap, spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
         q_BTNH, held_BSC = self._project(x_BTD, context)
-        mask = context.visibility.mask(*self.sight, dtype=q_BTNH.dtype)
         dropout = self.dropout if self.training else 0.0
+        if self.kernel is not None:
+            if isinstance(cache, LatentCache):
+                held_BSC, cache = cache.update(held_BSC), None
+            out = self.kernel(
+                q_BTNH.transpose(1, 2), *self._keys_values(held_BSC), context.visibility, cache, dropout
+            )
+            return self.o(out.transpose(1, 2).flatten(-2))
+        mask = context.visibility.mask(*self.sight, dtype=q_BTNH.dtype)
         if cache is not None:
             assert isinstance(cache, LatentCache)
             past = cache.length
@@ -148,6 +160,8 @@ class LatentAttention(nn.Module):
         return y.reshape(rows, self.n_heads, -1)
 
     def make_cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> BlockCache:
-        """Room for the latents and rotary keys of `capacity` tokens."""
+        """Room for latents and rotary keys of `capacity` tokens, or of those in a window; in linear time for sums alone."""
+        if self.kernel is not None and self.kernel.is_linear:
+            return self.kernel.make_cache(batch, capacity, dtype, device)
         _, window, sinks, _ = self.sight
         return LatentCache(batch, capacity, self.latent.cached, dtype, device, window, sinks)
