@@ -57,6 +57,12 @@ BROKEN = [
         "model.rope_scaling",
         "scales rotary positions, but model.pos_encoding is learned",
     ),
+    (
+        "model: {d_model: 64, n_heads: 4, rope_scaling: {type: dynamic, factor: 2.0}, stacks: [{}, {n_heads: 32}]}\n"
+        "training: {progressive: {new_stack_init: random}}",
+        "model.stacks.1.rope_scaling",
+        "dynamic needs at least 4 rotated numbers per head, got 2",
+    ),
     ("model: {rope_scaling: {type: yarn}}", "model.rope_scaling", "set model.rope_scaling.factor"),
     (
         "model: {rope_scaling: {type: yarn, original_max_seq_len: 4096}}",
@@ -742,6 +748,20 @@ NOTED = [
     (
         "model: {attention_overrides: {kernel_type: gaussian, kernel_mode: exact}}",
         "all pairs of tokens at once",
+    ),
+    ("model: {window_every: 2}", "model.window_every has no effect: model.sliding_window is null"),
+    ("model: {attention_sinks: 2}", "model.attention_sinks has no effect: model.sliding_window is null"),
+    (
+        "model: {sliding_window: 8, full_block: 0}",
+        "model.full_block has no effect: every block has the window",
+    ),
+    (
+        "model: {sliding_window: 8, local_rope_theta: 100.0, pos_encoding: none}",
+        "model.local_rope_theta has no effect: positions are not rotary",
+    ),
+    (
+        "model: {sliding_window: 8, local_rope_theta: 100.0, rope_theta: 500.0}",
+        "model.rope_theta has no effect: every block has a window, and model.local_rope_theta is set",
     ),
     ("model: {attention_custom: {qk_norm: true}}", "model.attention_custom has no effect"),
     (

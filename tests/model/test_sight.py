@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stackwise import create_simple_rack
+from stackwise import create_rack_from_specs, create_simple_rack
 from stackwise.inference.plan import uncovered
 from stackwise.kernels.attention import attention
 from stackwise.model.alibi import slopes
@@ -95,7 +95,8 @@ LATENT: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_attention_is_its_formula_under_all_masks_at_once(kind, causal):
+@pytest.mark.parametrize(("padded", "packed"), [(True, True), (True, False), (False, True), (False, False)])
+def test_attention_is_its_formula_under_all_masks_at_once(kind, causal, padded, packed):
     spec = BlockSpec(d_model=24, n_heads=4, causal=causal, rope_theta=None, head_width=5, **kind)
     layer = Attention(spec).double()
     x = torch.randn(3, 9, 24, dtype=torch.float64)
@@ -103,7 +104,10 @@ def test_attention_is_its_formula_under_all_masks_at_once(kind, causal):
     padding[0, :3] = False
     padding[1, 7:] = False
     documents = torch.tensor([[0] * 5 + [4] * 4, [2] * 9, [1] * 2 + [0] * 6 + [7]])
-    context = Context(Visibility(9, 0, padding, documents), None, 64)
+    padding = padding if padded else torch.ones_like(padding)
+    documents = documents if packed else torch.zeros_like(documents)
+    sight = Visibility(9, 0, padding if padded else None, documents if packed else None)
+    context = Context(sight, None, 64)
     seen = seen_by(spec, padding, documents)
     torch.testing.assert_close(layer(x, context), reference(layer, spec, x, seen))
 
@@ -323,3 +327,16 @@ def test_parallel_blocks_are_their_formula():
 def test_wrong_options_of_a_block_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BlockSpec(d_model=16, n_heads=2, **options)
+
+
+def test_one_block_without_alibi_ends_at_the_trained_length():
+    rows = [
+        {"stack_id": i, "n_blocks": 1, "block_spec": {"n_heads": 2, "alibi": alibi}}
+        for i, alibi in enumerate((True, False))
+    ]
+    mixed = create_rack_from_specs(VOCAB, 16, rows, use_rope=False, max_seq_len=8)
+    assert mixed.spec.positions == "learned"
+    with pytest.raises(ValueError, match="9 tokens are more than max_seq_len = 8"):
+        mixed(torch.zeros(1, 9, dtype=torch.int64))
+    endless = create_rack_from_specs(VOCAB, 16, rows[:1], use_rope=False, max_seq_len=8)
+    assert endless(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from stackwise.config import attention_rules, rules
+from stackwise.config import attention_rules, model_rules, rules
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.precision_rules import qlora_stacks_have_adapters
 from stackwise.config.rules import (
@@ -27,6 +27,11 @@ BLOCK_RULES: tuple[Check, ...] = (
     rules.frozen_up_projection_has_a_gate,
     rules.clm_needs_causal_attention,
     rules.short_conv_has_a_width,
+    model_rules.scaled_positions_are_rotary,
+    model_rules.rope_scaling_fits,
+    model_rules.full_block_is_one_of_them,
+    model_rules.parallel_layers_have_one_norm,
+    model_rules.first_norm_is_one_that_can_go,
     attention_rules.rotary_part_of_a_latent_fits_the_positions,
     attention_rules.latents_are_normalised_in_place_of_heads,
     attention_rules.linear_mode_has_positive_features,

@@ -23,33 +23,31 @@ def scaled_positions_are_rotary(config: StackWiseConfig) -> Problem | None:
 
 
 @rule(SCALING, "model.max_seq_len", "model.head_dim", "model.d_model", "model.n_heads")
-def rope_scaling_fits(config: StackWiseConfig) -> list[Problem]:
+def rope_scaling_fits(config: StackWiseConfig) -> Problem | None:
     """What the description says about type, fields and lengths, under the key that is to blame."""
     keys = config.model.rope_scaling
     if keys is None or config.model.positions != "rope":
-        return []
+        return None
     if keys.factor is None and keys.original_max_seq_len is None:
         message = (
             "says neither factor nor original_max_seq_len, so it is open how far positions are stretched"
         )
-        return [
-            Problem(SCALING, message, hint="set model.rope_scaling.factor, or the length that was trained")
-        ]
+        return Problem(SCALING, message, hint="set model.rope_scaling.factor, or the length that was trained")
     trained = keys.original_max_seq_len
     if trained is not None and trained > config.model.max_seq_len:
         message = f"exceeds model.max_seq_len {config.model.max_seq_len}, the longest row"
         hint = "set model.max_seq_len to the length to reach"
-        return [Problem(f"{SCALING}.original_max_seq_len", message, trained, hint=hint)]
+        return Problem(f"{SCALING}.original_max_seq_len", message, trained, hint=hint)
     try:
         scaling = config.model.scaled_rope
     except ValueError as error:
-        return [Problem(SCALING, str(error))]
+        return Problem(SCALING, str(error))
     assert scaling is not None
     fields = config.model.attention
     width = config.model.head_dim or config.model.d_model // config.model.n_heads
     if fields["attention_type"] == "mla":
         width = fields["mla_rope_dim"]
-    return [Problem(SCALING, text) for text in scaling.problems_of(width)]
+    return next((Problem(SCALING, text) for text in scaling.problems_of(width)), None)
 
 
 @rule("model.full_block", "model.window_every")
@@ -123,6 +121,13 @@ def _no_window(config: StackWiseConfig) -> bool:
     return config.model.sliding_window is None
 
 
+def _all_local(config: StackWiseConfig) -> bool:
+    model = config.model
+    return not _no_window(config) and model.window_every == 1 and model.local_rope_theta is not None
+
+
+WINDOWED = "every block has a window, and model.local_rope_theta is set"
+
 INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
     *(
         (f"model.{name}", _no_window, "model.sliding_window is null")
@@ -130,5 +135,6 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], str]] = [
     ),
     ("model.full_block", lambda c: c.model.window_every == 1, "every block has the window"),
     ("model.local_rope_theta", lambda c: c.model.positions != "rope", "positions are not rotary"),
+    *((f"model.{name}", _all_local, WINDOWED) for name in ("rope_theta", "rope_scaling")),
 ]
 """Key, when it has no effect, and why."""

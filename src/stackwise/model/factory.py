@@ -68,7 +68,7 @@ def create_simple_rack(
         d_model=d_model,
         stacks=stacks,
         max_seq_len=max_seq_len,
-        positions=_positions(block, use_rope),
+        positions=_positions([block], use_rope),
         norm=block.norm,
         norm_eps=block.norm_eps,
         tied=tie_embeddings,
@@ -158,7 +158,7 @@ def create_rack_from_specs(
         d_model=d_model,
         stacks=tuple(stacks),
         max_seq_len=max_seq_len,
-        positions=_positions(first, use_rope),
+        positions=_positions([block for stack in stacks for block in stack.blocks], use_rope),
         norm=first.norm,
         norm_eps=first.norm_eps,
         tied=tie_embeddings,
@@ -175,9 +175,9 @@ def create_rack_from_specs(
     return rack
 
 
-def _positions(block: BlockSpec, use_rope: bool) -> str:
-    """How positions enter a rack of such blocks."""
-    if block.alibi:
+def _positions(blocks: Sequence[BlockSpec], use_rope: bool) -> str:
+    """How positions enter a rack of such blocks; ALiBi in some of them keeps what the others have."""
+    if all(block.alibi for block in blocks):
         return "alibi"
     return "rope" if use_rope else "learned"
 

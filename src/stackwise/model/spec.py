@@ -199,8 +199,9 @@ class RackSpec:
         return all(block.causal for block in self.blocks)
 
     def fits(self, n_tokens: int) -> bool:
-        """Whether a row of so many tokens can run: ALiBi alone has no longest row."""
-        return self.positions == "alibi" or n_tokens <= self.max_seq_len
+        """Whether a row of so many tokens can run. Where all blocks have ALiBi there is no longest row."""
+        endless = self.positions == "alibi" and all(block.alibi for block in self.blocks)
+        return endless or n_tokens <= self.max_seq_len
 
     def too_long(self, n_tokens: int) -> str:
         """Why a row of so many tokens is refused, and the way out."""
