@@ -51,7 +51,7 @@ def write_report(
     tables = [rows for rows in tables if WHOLE in rows.found]
     verdicts = [line for rows in tables for line in verdicts_of(rows, variants)]
     lines = [_head(form, records), "", "### What it shows", "", *[f"- {line}" for line in verdicts], ""]
-    lines += ["![NELBO against peak training bytes](depth-as-time.png)", ""]
+    lines += ["![NELBO and peak training bytes of every row](depth-as-time.png)", ""]
     for rows in tables:
         lines += [f"### {rows.stacks} stacks", "", *_table(rows, variants), ""]
     lines += ["### The rows", "", *[f"- {variant.name}: {variant.says}" for variant in variants]]
@@ -160,41 +160,54 @@ def part_of(found: Sequence[dict[str, Any]], low: float, high: float) -> float:
 
 
 def draw(path: Path, tables: Sequence[Rows], variants: Sequence[Any]) -> None:
-    """A panel per number of stacks: NELBO against the peak training bytes."""
+    """A panel per number of stacks, one row per variant, best on top: NELBO of each seed, their mean, peak bytes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    listed = [
+        sorted((v for v in variants if v.name in rows.found), key=lambda v, rows=rows: rows.mean(v.name))
+        for rows in tables
+    ]
+    heights = [max(2, len(names)) for names in listed] or [2]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-        figure = Figure(figsize=(5.2 * max(1, len(tables)), 4.8), layout="constrained")
+        matplotlib.rcParams.update(
+            {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
+        )
+        figure = Figure(figsize=(8, 0.9 + 0.3 * sum(heights) + 0.4 * len(heights)), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, max(1, len(tables)), squeeze=False, sharey=True)[0]
-        for axes, rows in zip(panels, tables, strict=False):
-            numbered = [v for v in variants if v.name in rows.found]
-            for number, variant in enumerate(numbered, start=1):
+        panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+        for axes, rows, names in zip(panels, tables, listed, strict=False):
+            for place, variant in enumerate(names):
                 control = variant.name.startswith("control")
                 colour = COLOURS["control" if control else variant.kind]
-                x, y = rows.peak(variant.name) / 1e6, rows.mean(variant.name)
                 values = [record["nelbo"] for record in rows.found[variant.name]]
-                axes.plot([x, x], [min(values), max(values)], color=colour, linewidth=1)
-                axes.plot(x, y, "o", color=colour, markerfacecolor="white" if control else colour)
-                side = 8 if number % 2 else -8
+                axes.plot(values, [place] * len(values), "|", color=colour, markersize=9)
+                axes.plot(
+                    rows.mean(variant.name),
+                    place,
+                    "o",
+                    color=colour,
+                    markerfacecolor="white" if control else colour,
+                )
+                size = f"{rows.peak(variant.name) / 1e6:.1f} MB"
                 axes.annotate(
-                    str(number),
-                    (x, y),
-                    (side, 0),
-                    textcoords="offset points",
+                    size,
+                    (1, place),
+                    xycoords=("axes fraction", "data"),
                     va="center",
-                    ha="center",
+                    ha="right",
                     color=colour,
                 )
-            axes.set_title(f"{rows.stacks} stacks")
-            axes.set_xlabel(
-                "peak training bytes of a step, MB\n"
-                + "\n".join(f"{i} {v.name}" for i, v in enumerate(numbered, start=1))
-            )
-            axes.set_xlim(left=0)
-        panels[0].set_ylabel("NELBO, nats per character (bound)")
+            axes.set_yticks(range(len(names)), [variant.name for variant in names])
+            axes.tick_params(axis="y", length=0)
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.grid(axis="x", color="#e5e7eb")
+            axes.set_axisbelow(True)
+            axes.margins(x=0.15)
+            axes.set_title(f"{rows.stacks} stacks", loc="left", fontweight="bold")
+        panels[-1].set_xlabel(
+            "NELBO, nats per character (bound): means, seeds as ticks. Right: peak bytes of a step"
+        )
         figure.savefig(path, dpi=110)
