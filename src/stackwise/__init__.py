@@ -33,6 +33,7 @@ _HOMES = {
     "stackwise.model.lexical": ["LexicalKernelManager"],
     "stackwise.model.rack": ["Rack"],
     "stackwise.model.settings": ["ArchitectureConfig"],
+    "stackwise.model.text_classifier": ["MLGKATextClassifier"],
     "stackwise.objectives.depth": ["MaskScheduler"],
     "stackwise.objectives.schedules": ["NoiseSchedule"],
     "stackwise.objectives.timesteps": ["ProgressiveMasking", "TimeStepMasking"],
@@ -50,6 +51,7 @@ __all__ = [
     "Block",
     "ConfigError",
     "LexicalKernelManager",
+    "MLGKATextClassifier",
     "MaskScheduler",
     "MemoryManager",
     "NoiseSchedule",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from stackwise.model.lexical import LexicalKernelManager
     from stackwise.model.rack import Rack
     from stackwise.model.settings import ArchitectureConfig
+    from stackwise.model.text_classifier import MLGKATextClassifier
     from stackwise.objectives.depth import MaskScheduler
     from stackwise.objectives.schedules import NoiseSchedule
     from stackwise.objectives.timesteps import ProgressiveMasking, TimeStepMasking

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stackwise import PairClassifier, SequenceClassifier, SequenceRegressor, TokenClassifier, ValueHead
+from stackwise import (
+    MLGKATextClassifier,
+    PairClassifier,
+    SequenceClassifier,
+    SequenceRegressor,
+    TokenClassifier,
+    ValueHead,
+)
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.heads import POOLINGS, padded, pool
 from stackwise.model.rack import Rack
@@ -170,3 +177,24 @@ def test_starts_follow_the_seed_and_names_are_plain():
 def test_wrong_values_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_mlgka_classifier_has_the_size_and_attention_of_its_name():
+    with torch.device("meta"):
+        large = MLGKATextClassifier()
+    assert 26.4e6 < large.get_parameter_count() < 26.9e6
+    small = MLGKATextClassifier(
+        2000, 128, 512, n_heads=4, n_kv_heads=2, n_layers=4, n_classes=3, max_seq_len=64
+    )
+    assert 1.15e6 < small.get_parameter_count() < 1.25e6
+    info = small.get_attention_info()
+    assert (info["family"], info["kernel"], info["n_kv_heads"]) == ("mla", "laplacian", 2)
+    assert (info["query_rank"], info["kv_rank"], info["rope_dim"]) == (32, 16, 8)
+    small.double().eval()
+    alone, other = torch.randint(0, 2000, (1, 5)), torch.randint(0, 2000, (2, 9))
+    other[:, :5] = alone
+    mask = torch.arange(9)[None].expand(2, 9) < 5
+    torch.testing.assert_close(small(other, mask), small(alone).expand(2, 3))
+    assert not torch.allclose(small(other), small(alone))
+    with pytest.raises(ValueError, match="n_heads"):
+        MLGKATextClassifier(50, 16, 16, n_heads=3, n_kv_heads=1, n_layers=1)

@@ -34,11 +34,7 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor | None = None, how: str = "mean") -
 
     mask bool or 0/1 [B, T], 0 = padding on either side; null: there is none. A row of padding alone is a ValueError.
     """
-    if how not in POOLINGS:
-        close = did_you_mean(how, POOLINGS)
-        raise ValueError(
-            f"pooling must be {', '.join(POOLINGS)}, got {how!r}" + (f"; {close}" if close else "")
-        )
+    _check_pooling(how)
     if mask_BT is None:
         mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.bool, device=hidden_BTD.device)
     mask_BT = mask_BT.bool()
@@ -57,6 +53,14 @@ def pool(hidden_BTD: Tensor, mask_BT: Tensor | None = None, how: str = "mean") -
         else at.masked_fill(~mask_BT, -1).amax(1)
     )
     return hidden_BTD[torch.arange(len(at), device=at.device), at]
+
+
+def _check_pooling(how: str) -> None:
+    if how not in POOLINGS:
+        close = did_you_mean(how, POOLINGS)
+        raise ValueError(
+            f"pooling must be {', '.join(POOLINGS)}, got {how!r}" + (f"; {close}" if close else "")
+        )
 
 
 class _OnRack(PlainNames):
@@ -98,7 +102,7 @@ class _Pooled(_OnRack):
 
     def __init__(self, rack: Rack, outputs: int, pooling: str, dropout: float, seed: int) -> None:
         super().__init__(rack, outputs, dropout, seed)
-        pool(torch.zeros(1, 1, 1), how=pooling)
+        _check_pooling(pooling)
         self.pooling = pooling
 
     def forward(
