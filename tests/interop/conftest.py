@@ -87,6 +87,23 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "max_position_embeddings": 128,
         },
     ),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 6}),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "local_attention": 8,
+            **dict.fromkeys(
+                ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
+            ),
+        },
+    ),
     "mixtral": (
         "MixtralConfig",
         "MixtralForCausalLM",

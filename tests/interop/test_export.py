@@ -249,3 +249,60 @@ def test_the_family_is_recognised_however_the_stacks_are_cut(saved: Saved) -> No
     family, _, reason = family_for(odd)
     assert family is None
     assert "qk_norm of block 1 is True, not False" in reason
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks Transformers by an older name
+@pytest.mark.parametrize(
+    ("kind", "family", "method"),
+    [
+        ("llama", "auto", "lora"),
+        ("llama", "auto", "dora"),
+        ("gpt2", "auto", "lora"),
+        ("modernbert", "auto", "lora"),
+        ("llama", "stackwise", "lora"),
+    ],
+)
+def test_adapters_are_written_as_peft_reads_them(
+    kind: str, family: str, method: str, saved: Saved, tmp_path: Path, transformers: Any
+) -> None:
+    from peft import PeftModel
+
+    from stackwise.adapters.attach import attach
+    from stackwise.model.spec import AdapterSpec
+
+    read = read_model(saved(kind)[1], stacks=3)
+    rack = read.rack
+    for stack, rank in ((rack.stacks[0], 2), (rack.stacks[2], 3)):
+        attach(stack, AdapterSpec("mine", method, rank=rank, alpha=5.0), seed=1)
+        with torch.no_grad():
+            for name, parameter in stack.named_parameters():
+                if "lora_B" in name or "magnitude" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    rack.spec = rack.spec.with_stacks([stack.spec for stack in rack.stacks])
+    rack.eval()
+    out = write_model(rack, read.tokenizer, tmp_path / "out", fold=False, family=family, config=read.config)
+    assert "adapters/mine" in out.files
+    base = load(out.path, transformers, auto_class(rack))
+    model = PeftModel.from_pretrained(base, out.path / "adapters" / "mine").eval()
+    ids = torch.randint(0, VOCAB, (2, 20))
+    with torch.no_grad():
+        wanted = rack(ids)
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, atol=1e-4, rtol=1e-4)
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - wanted).abs().max() > 0.01
+
+
+def test_sets_that_peft_cannot_load(saved: Saved, tmp_path: Path) -> None:
+    from stackwise.adapters.attach import attach
+    from stackwise.model.spec import AdapterSpec
+
+    for kind, spec, words in (
+        ("llama", AdapterSpec("mine", "bottleneck", rank=2), "PEFT does not know"),
+        ("mixtral", AdapterSpec("mine", rank=2), "sits on experts"),
+    ):
+        read = read_model(saved(kind)[1], stacks=1)
+        attach(read.rack.stacks[0], spec, seed=1)
+        read.rack.spec = read.rack.spec.with_stacks([stack.spec for stack in read.rack.stacks])
+        with pytest.raises(InterchangeError, match=words):
+            write_model(read.rack, read.tokenizer, tmp_path / "out", fold=False)
+        assert not (tmp_path / "out").exists()

@@ -11,11 +11,21 @@ import torch
 from torch.nn import functional as F
 
 from stackwise.interop.families import families, family_of
+from stackwise.interop.hf_export import write_model
 from stackwise.interop.hf_import import read_model
 
 Saved = Callable[..., tuple[Any, Path]]
 KINDS = list(families())
+CAUSAL = [kind for kind in KINDS if families()[kind].settings["attention_preset"] == "gpt_style"]
 VOCAB = 320
+S = "sliding_attention"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def random_ids(*shape: int) -> torch.Tensor:
@@ -31,18 +41,16 @@ def test_logits_are_those_of_transformers(kind: str, saved: Saved) -> None:
         torch.testing.assert_close(rack(ids), model(ids).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CAUSAL)
 def test_greedy_text_is_that_of_transformers(kind: str, saved: Saved) -> None:
     model, folder = saved(kind)
     rack = read_model(folder).rack
-    if not rack.is_causal:
-        pytest.skip(f"{kind} sees all positions, so it continues no text")
     ids = random_ids(1, 9)
     wanted = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(rack.generate(ids, max_new_tokens=64, temperature=0.0), wanted)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_losses_and_gradients_are_those_of_transformers(kind: str, saved: Saved) -> None:
     model, folder = saved(kind)
     read = read_model(folder, blocks_per_stack=2)
@@ -58,7 +66,9 @@ def test_losses_and_gradients_are_those_of_transformers(kind: str, saved: Saved)
         moved = row.change.save([ours[name].grad for name in row.ours])
         for name, gradient in zip(row.theirs, moved, strict=True):
             wanted = theirs[name].grad
-            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+            torch.testing.assert_close(
+                gradient, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item() + 1e-12
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,6 +81,54 @@ def test_any_number_format_is_read_to_the_last_bit(kind: str, dtype: torch.dtype
         moved = row.change.load([theirs[name].float() for name in row.theirs if name in theirs])
         for name, tensor in zip(row.ours, moved, strict=False):
             assert torch.equal(ours[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 16}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"rope_scaling": LLAMA3}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32}),
+        ("gpt2", {"n_inner": 80}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": [S, S, "full_attention"]}),
+        ("bert", {"type_vocab_size": 3}),
+        ("modernbert", {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}),
+        ("mixtral", {"num_experts_per_tok": 4}),
+        ("deepseek_v2", {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
+        ("deepseek_v3", {"q_lora_rank": None, "routed_scaling_factor": 2.5, "norm_topk_prob": False}),
+    ],
+)  # fmt: skip
+def test_what_models_of_a_family_differ_in(
+    kind: str, changes: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    model, folder = saved(kind, **changes)
+    read = read_model(folder, stacks=2)
+    ids = random_ids(2, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(read.rack(ids), model(ids).logits, atol=1e-4, rtol=0)
+    written = write_model(read.rack, read.tokenizer, tmp_path / "out", config=read.config)
+    assert written.notes == []
+    again = type(model).from_pretrained(written.path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_and_token_types_of_bert(saved: Saved) -> None:
+    model, folder = saved("bert")
+    rack = read_model(folder).rack
+    ids, kinds, mask = random_ids(2, 20), torch.randint(0, 2, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, token_type_ids=kinds).logits
+        found = rack(ids, mask, token_type_ids=kinds)
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=0)
 
 
 def test_shards_hold_the_same_model(saved: Saved) -> None:

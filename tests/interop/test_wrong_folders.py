@@ -43,7 +43,12 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("llama", "query_layernorm", True, "may change the model"),
         ("llama", "quantization_config", {"bits": 4}, "unquantised"),
         ("llama", "hidden_size", "wide", "hidden_size"),
-        ("llama", "num_attention_heads", 5, "num_attention_heads"),
+        ("llama", "num_key_value_heads", 3, "must divide"),
+        ("bert", "tie_word_embeddings", False, "True"),
+        ("qwen3", "layer_types", ["linear_attention"] * 3, "full_attention"),
+        ("deepseek_v3", "v_head_dim", 12, "qk_nope_head_dim"),
+        ("deepseek_v3", "scoring_func", "softmax", "sigmoid"),
+        ("llama", "rope_scaling", {"rope_type": "spiral", "factor": 2.0}, "longrope"),
         ("llama", "num_hidden_layers", 0, "at least 1"),
     ],
 )

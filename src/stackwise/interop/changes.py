@@ -58,11 +58,10 @@ class Joined:
 class Halves:
     """Rotary pairs (i, i + H/2) of every head in the file, (2i, 2i + 1) in the rack: rows change places.
 
-    The first dimension is made of heads, `head_dim` rows each, of which the last `rotated` (0: all) are rotated.
+    The first dimension is made of heads, `head_dim` rows each.
     """
 
     head_dim: int
-    rotated: int = 0
 
     def load(self, theirs: list[Tensor]) -> list[Tensor]:
         return [self._moved(tensor, (2, -1)) for tensor in theirs]
@@ -72,20 +71,20 @@ class Halves:
 
     def _moved(self, tensor: Tensor, pairs: tuple[int, int]) -> Tensor:
         heads = tensor.unflatten(0, (-1, self.head_dim))
-        still = self.head_dim - (self.rotated or self.head_dim)
-        turned = heads[:, still:].unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
-        return torch.cat((heads[:, :still], turned), dim=1).flatten(0, 1)
+        return heads.unflatten(1, pairs).transpose(1, 2).flatten(0, 2)
 
 
 @dataclass(frozen=True)
-class Piled:
-    """Several tensors of the file are one of the rack, with a first dimension more."""
+class Each:
+    """A change of its own for every tensor."""
+
+    parts: tuple[Change, ...]
 
     def load(self, theirs: list[Tensor]) -> list[Tensor]:
-        return [torch.stack(theirs)]
+        return [part.load([tensor])[0] for part, tensor in zip(self.parts, theirs, strict=True)]
 
     def save(self, ours: list[Tensor]) -> list[Tensor]:
-        return list(ours[0].unbind())
+        return [part.save([tensor])[0] for part, tensor in zip(self.parts, ours, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from stackwise.interop.family import Family
 from stackwise.interop.folder import CONFIG, GENERATION
 from stackwise.interop.hf_import import stackwise_config
 from stackwise.interop.own import MODEL_TYPE, PREFIX, own_config
+from stackwise.interop.peft_sets import write_sets
 from stackwise.interop.plain import PlainRack
 from stackwise.interop.shards import Group, write_shards
 from stackwise.interop.table import Row, file_shapes, row
@@ -38,6 +39,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+ADAPTERS = "adapters"
 SHARD = 5_000_000_000
 """Bytes of a file at most."""
 
@@ -109,7 +111,7 @@ def write_model(
 ) -> Exported:
     """Write the folder `out`, whole or not at all.
 
-    `fold` false leaves adapter sets out of the weights. `config` is that of the run; `generation` the content of
+    `fold` false writes adapter sets below `adapters`, in PEFT's format, and not into the weights. `config` is that of the run; `generation` the content of
     generation_config.json and `ids` special tokens, both null: from the tokenizer. `facts` go into the model card.
     Raises FileExistsError where `out` is there, InterchangeError where the rack does not equal the `family` asked for.
     """
@@ -137,6 +139,11 @@ def write_model(
         _write_json(folder / CONFIG, described)
         if plain.spec.is_causal:
             _write_json(folder / GENERATION, generation or _generation(special))
+        if not fold:
+            sets = write_sets(rack, rows, folder / ADAPTERS, out.name)
+            files += [f"{ADAPTERS}/{name}" for name in sets]
+            if not sets:
+                notes.append("there are no adapter sets to write separately")
         write_tokenizer(tokenizer, folder, plain.spec.max_seq_len)
         title = out.name if config is None else config.training.run_id
         write_card(folder, plain.spec, rack.get_parameter_count(), name, title, dtype, facts or {})

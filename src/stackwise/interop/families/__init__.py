@@ -9,7 +9,18 @@ from stackwise.config.errors import did_you_mean
 from stackwise.interop.errors import InterchangeError
 from stackwise.interop.family import Family
 
-MODULES = ("gpt2", "llama", "qwen2", "qwen3", "bert", "mixtral", "deepseek_v2", "deepseek_v3")
+MODULES = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "bert",
+    "modernbert",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 """In the order in which a rack is compared with them for export."""
 
 

@@ -23,7 +23,7 @@ def _ends(spec: RackSpec) -> list[Row]:
             row(f"cls.predictions.transform.dense.{leaf}", f"head.transform.dense.{leaf}"),
             row(f"cls.predictions.transform.LayerNorm.{leaf}", f"head.transform.norm.{leaf}"),
         ]
-    return rows if spec.tied else [*rows, row("cls.predictions.decoder.weight", "head.weight")]
+    return rows
 
 
 def _block(spec: BlockSpec) -> list[Row]:
@@ -55,6 +55,7 @@ FAMILY = Family(
         "final_norm": False,
         "head_transform": True,
         "head_bias": True,
+        "tie_embeddings": True,
     },
     keys=(
         Key("vocab_size", "vocab_size"),
@@ -66,9 +67,12 @@ FAMILY = Family(
         Key("layer_norm_eps", "norm_eps", default=1e-12),
         Key("type_vocab_size", "token_types", default=2),
         Key("hidden_dropout_prob", "dropout", default=0.1),
-        Key("tie_word_embeddings", "tie_embeddings", default=True),
     ),
-    fixed={"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)},
+    fixed={
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "tie_word_embeddings": (True,),
+    },
     ignored=words(
         "attention_probs_dropout_prob classifier_dropout pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
         "pooler_size_per_head pooler_type directionality"

@@ -134,14 +134,58 @@ def write_biases(spec: RackSpec) -> dict[str, Any]:
     return {"attention_bias": spec.blocks[0].out_bias, "mlp_bias": spec.blocks[0].bias}
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def read_windows(kinds: list[str], width: Any, settings: Settings, problems: list[Problem]) -> None:
+    """Layers with a window of `width` tokens among others that see everything, by their kinds."""
+    if unknown := sorted(set(kinds) - {FULL, SLIDING}):
+        problems.append(Problem("layer_types", "is not understood", unknown[0], f"{FULL}, {SLIDING}"))
+        return
+    if SLIDING not in kinds:
+        return
+    settings["sliding_window"] = width
+    full = [kind == FULL for kind in kinds]
+    if not any(full):
+        return
+    for every in range(2, len(kinds) + 1):
+        for place in range(every):
+            if full == [layer % every == place for layer in range(len(kinds))]:
+                settings |= {"window_every": every, "full_block": place}
+                return
+    message = "is no pattern that repeats: of every so many layers one sees everything"
+    problems.append(Problem("layer_types", message, kinds))
+
+
+def layer_types(spec: RackSpec) -> list[str]:
+    return [FULL if block.window is None else SLIDING for block in spec.blocks]
+
+
+def read_sliding_window(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
+    """One window for all layers, or none (Mistral)."""
+    width = config.get("sliding_window")
+    if width is not None:
+        settings["sliding_window"] = width
+
+
+def write_sliding_window(spec: RackSpec) -> dict[str, Any]:
+    return {"sliding_window": spec.blocks[0].window}
+
+
 def read_layer_types(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
-    """Layers that see a window of tokens, as Qwen tells them; none is understood yet."""
-    for name in ("sliding_window", "max_window_layers"):
-        config.get(name)  # without effect where no layer has a window
-    kinds = config.get("layer_types") or ["full_attention"]
-    if config.get("use_sliding_window", False) or set(kinds) != {"full_attention"}:
-        problems.append(Problem("layer_types", "holds windows, which are not understood", kinds))
+    """Layers with a window as Qwen tells them: by `layer_types`, or all behind the first `max_window_layers`."""
+    first, kinds = config.get("max_window_layers", 28), config.get("layer_types")
+    width, layers = config.get("sliding_window", 4096), settings.get("n_layers")
+    if config.get("use_sliding_window", False) and isinstance(layers, int):
+        read_windows(
+            kinds or [FULL if i < first else SLIDING for i in range(layers)], width, settings, problems
+        )
 
 
 def write_layer_types(spec: RackSpec) -> dict[str, Any]:
-    return {"use_sliding_window": False}
+    kinds = layer_types(spec)
+    if SLIDING not in kinds:
+        return {"use_sliding_window": False}
+    width = next(block.window for block in spec.blocks if block.window is not None)
+    told = {"use_sliding_window": True, "sliding_window": width, "layer_types": kinds}
+    return {**told, "max_window_layers": kinds.index(SLIDING)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from stackwise.config.errors import Problem
 from stackwise.interop.families.common import (
     LLAMA_KEYS,
     LLAMA_SETTINGS,
@@ -12,11 +14,14 @@ from stackwise.interop.families.common import (
     llama_ends,
     norm_rows,
     read_rope,
+    read_sliding_window,
     write_rope,
+    write_sliding_window,
 )
-from stackwise.interop.family import Family, Key, words
+from stackwise.interop.family import Family, Key, Settings, words
 from stackwise.interop.table import Row, row
 from stackwise.model.block_spec import BlockSpec
+from stackwise.model.spec import RackSpec
 
 _MOE = "block_sparse_moe"
 
@@ -32,6 +37,15 @@ def _block(spec: BlockSpec) -> list[Row]:
     return rows
 
 
+def _read(config: dict[str, Any], settings: Settings, problems: list[Problem]) -> None:
+    read_rope(config, settings, problems)
+    read_sliding_window(config, settings, problems)
+
+
+def _write(spec: RackSpec) -> dict[str, Any]:
+    return write_rope(spec) | write_sliding_window(spec)
+
+
 FAMILY = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -42,10 +56,10 @@ FAMILY = Family(
         Key("num_experts_per_tok", "moe.top_k", default=2),
         Key("router_aux_loss_coef", "moe.aux_weight", default=0.001),
     ),
-    fixed={"hidden_act": ("silu",), "router_jitter_noise": (0.0,), "sliding_window": (None,)},
+    fixed={"hidden_act": ("silu",), "router_jitter_noise": (0.0,)},
     ignored=words("output_router_logits"),
-    read=read_rope,
-    write=write_rope,
+    read=_read,
+    write=_write,
     layer="model.layers.{}.",
     ends=llama_ends,
     block=_block,
