@@ -129,9 +129,11 @@ def run(
     began, wall = time.process_time(), time.perf_counter()
     model = classifier(attention, seed, vocab, recipe).train()
     matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "embedding" not in n]
+    others = [p for p in model.parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": [model.rack.embedding.weight], "weight_decay": 0.0, "lr": recipe.embedding_lr},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     steps = recipe.epochs * math.ceil(len(train) / recipe.batch_size)
