@@ -126,6 +126,12 @@ BROKEN = [
         "set training.progressive.new_stack_init to random",
     ),
     (
+        "model: {moe: {n_experts: 4, first_dense: 2}}\n"
+        "training: {progressive: {building_mode: independent, shared_start_fraction: 0.2}}",
+        "model.moe.first_dense",
+        "in other places than the stacks they are copied from",
+    ),
+    (
         "model: {moe: {n_experts: 4, every: 3}}\ntraining: {progressive: {building_mode: grow}}",
         "model.moe.every",
         "blocks_per_stack a multiple of every",

@@ -88,6 +88,7 @@ def test_flops_of_a_step_are_those_of_its_products(units, remat, monkeypatch):
         {"attention_preset": "kernel_attention"},
         {"attention_preset": "kernel_attention", "kernel": KernelSpec("gaussian", "linear", 8)},
         {"attention_preset": "mlgka", "kernel": KernelSpec("uniform", features=3)},
+        {"experts": {"n_experts": 4, "top_k": 3, "n_shared": 2, "width": 7}},
     ],
     ids=lambda block: "-".join(map(str, block.values())),
 )

@@ -78,11 +78,13 @@ def some_layer_has_experts(config: StackWiseConfig) -> Problem | None:
     "model.architecture",
     "training.progressive.building_mode",
     "training.progressive.new_stack_init",
+    "training.progressive.shared_start_fraction",
 )
 def copies_have_experts_where_their_source_has(config: StackWiseConfig) -> Problem | None:
     moe, init = config.model.moe, config.training.progressive.new_stack_init
-    grows = program_of(config) == "grow"
-    if not moe.n_experts or not copies_stacks(config) or (init == "random" and not grows):
+    shared = config.training.progressive.shared_start_fraction > 0
+    grows = program_of(config) == "grow" or (program_of(config) == "independent" and shared)
+    if not moe.n_experts or not (copies_stacks(config) or grows) or (init == "random" and not grows):
         return None
     kinds, first = set(), 0
     for size in _sizes(config):

@@ -20,7 +20,11 @@ from stackwise.kernels.device import device_kind
 WORTH_IT = 2**20
 """Multiplications from which oneDNN's faster arithmetic outweighs its dearer call."""
 
+WORTH_A_KERNEL = 2**28
+"""The same where the shape is likely to be new: oneDNN makes a kernel for every shape, which takes about a millisecond."""
+
 _allowed = True
+_worth_it = WORTH_IT
 
 
 @lru_cache(maxsize=1)
@@ -48,11 +52,22 @@ def pytorch_products() -> Iterator[None]:
         _allowed = before
 
 
+@contextmanager
+def new_shapes() -> Iterator[None]:
+    """Inside, shapes of products change from step to step."""
+    global _worth_it
+    before, _worth_it = _worth_it, WORTH_A_KERNEL
+    try:
+        yield
+    finally:
+        _worth_it = before
+
+
 def prefers_onednn(rows: int, inner: int, columns: int, *operands: Tensor) -> bool:
     """Whether a [rows, inner] x [inner, columns] product of these tensors goes to oneDNN."""
     return (
         _allowed
-        and rows * inner * columns >= WORTH_IT
+        and rows * inner * columns >= _worth_it
         and all(x.dtype == torch.float32 and device_kind(x) == "cpu" for x in operands)
         and not torch.compiler.is_compiling()
         and _onednn() is not None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from stackwise.kernels.product import new_shapes
 from stackwise.kernels.rms_norm import compute_dtype
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.linear import Linear
@@ -68,13 +69,14 @@ class Experts(nn.Module):
         """Every expert on its slots. One without slots runs too where it trains: its gradient is zero, not missing."""
         parts = x_SD.split(_sizes(counts_E, len(x_SD)))
         learning = torch.is_grad_enabled()
-        return torch.cat(
-            [
-                expert(part)
-                for expert, part in zip(self.experts, parts, strict=True)
-                if len(part) or (learning and any(p.requires_grad for p in expert.parameters()))
-            ]
-        )
+        with new_shapes():
+            return torch.cat(
+                [
+                    expert(part)
+                    for expert, part in zip(self.experts, parts, strict=True)
+                    if len(part) or (learning and any(p.requires_grad for p in expert.parameters()))
+                ]
+            )
 
     def _groups(self, x_SD: Tensor) -> bool:
         """Whether all experts are plain enough, and the place such, that grouped products serve."""
@@ -137,7 +139,10 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
         (place_NK,) = ctx.saved_tensors
-        return _take(grad_SD, place_NK).sum(1), None, None
+        sum_ND = grad_SD.index_select(0, place_NK[:, 0])
+        for k in range(1, place_NK.shape[1]):
+            sum_ND += grad_SD.index_select(0, place_NK[:, k])
+        return sum_ND, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -146,7 +151,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, weights_NK: Tensor, source_S: Tensor, place_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_SD, weights_NK, source_S, place_NK)
-        return torch.einsum("nkd,nk->nd", _take(y_SD, place_NK), weights_NK.to(y_SD.dtype))
+        weights_NK = weights_NK.to(y_SD.dtype)
+        sum_ND = y_SD.index_select(0, place_NK[:, 0]).mul_(weights_NK[:, :1])
+        for k in range(1, place_NK.shape[1]):
+            sum_ND.addcmul_(y_SD.index_select(0, place_NK[:, k]), weights_NK[:, k : k + 1])
+        return sum_ND
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -156,8 +165,3 @@ class _Gather(torch.autograd.Function):
         by_slot = torch.empty_like(products_S)
         by_slot[place_NK.flatten()] = weights_NK.flatten()
         return grad_SD.mul_(by_slot.to(y_SD.dtype).unsqueeze(-1)), products_S[place_NK], None, None
-
-
-def _take(x_SD: Tensor, place_NK: Tensor) -> Tensor:
-    """[S, D] -> [N, K, D]."""
-    return x_SD.index_select(0, place_NK.flatten()).view(*place_NK.shape, -1)
