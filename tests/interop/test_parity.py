@@ -19,6 +19,13 @@ KINDS = list(families())
 CAUSAL = [kind for kind in KINDS if families()[kind].settings["attention_preset"] == "gpt_style"]
 VOCAB = 320
 S = "sliding_attention"
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -102,6 +109,8 @@ def test_any_number_format_is_read_to_the_last_bit(kind: str, dtype: torch.dtype
         ("modernbert", {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}),
         ("mixtral", {"num_experts_per_tok": 4}),
         ("deepseek_v2", {"q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
+        ("deepseek_v2", {"rope_scaling": YARN}),
+        ("deepseek_v3", {"rope_scaling": YARN}),
         ("deepseek_v3", {"q_lora_rank": None, "routed_scaling_factor": 2.5, "norm_topk_prob": False}),
     ],
 )  # fmt: skip

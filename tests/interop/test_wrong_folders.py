@@ -17,6 +17,7 @@ from stackwise.data.tokenizers import train_bpe
 from stackwise.interop.errors import InterchangeError
 from stackwise.interop.hf_import import read_model
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 Saved = Callable[..., tuple[Any, Path]]
 
 
@@ -48,7 +49,13 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("qwen3", "layer_types", ["linear_attention"] * 3, "full_attention"),
         ("deepseek_v3", "v_head_dim", 12, "qk_nope_head_dim"),
         ("deepseek_v3", "scoring_func", "softmax", "sigmoid"),
-        ("llama", "rope_scaling", {"rope_type": "spiral", "factor": 2.0}, "longrope"),
+        ("llama", "rope_scaling", {"rope_type": "spiral", "factor": 2.0}, "something else"),
+        ("llama", "rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}, "longrope"),
+        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "swirl": 1}, "swirl"),
+        ("llama", "rope_parameters", "linear", "a map"),
+        ("modernbert", "layer_types", [SLIDING, SLIDING, FULL, FULL, SLIDING], "no pattern"),
+        ("modernbert", "local_attention", 7, "even"),
+        ("modernbert", "rope_parameters", {"rope_type": "default"}, "map of maps"),
         ("llama", "num_hidden_layers", 0, "at least 1"),
     ],
 )
@@ -57,7 +64,7 @@ def test_keys_that_are_not_understood(kind: str, key: str, value: Any, hint: str
     change_config(folder, **{key: value})
     with pytest.raises(ConfigError, match=hint) as caught:
         read_model(folder)
-    assert key in str(caught.value) or key == "num_hidden_layers"
+    assert key in str(caught.value) or key in ("num_hidden_layers", "rope_parameters")
 
 
 def test_a_missing_key_is_named(saved: Saved) -> None:

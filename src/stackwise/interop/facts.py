@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.spec import RackSpec
 
 
@@ -55,9 +56,6 @@ def differences(spec: RackSpec, other: RackSpec) -> list[str]:
     return list(found.values())
 
 
-_OF_TRAINING = {"aux_weight": 0.0, "bias_rate": 0.0, "z_weight": 0.0}
-
-
 def _computed(spec: RackSpec) -> dict[str, Any]:
     """The description without what only training knows."""
     blocks = [
@@ -67,12 +65,17 @@ def _computed(spec: RackSpec) -> dict[str, Any]:
             zero_init_outputs=False,
             freeze_up_proj=False,
             head_width=block.head_dim,
-            experts=None
-            if block.experts is None
-            else replace(block.experts, width=block.experts.width or block.d_ff, **_OF_TRAINING),
+            experts=_chosen(block.experts, block.d_ff),
             attention_bias="all" if block.out_bias else "qkv" if block.qkv_bias else "none",
         )
         for block in spec.blocks
     ]
     plain = asdict(replace(spec, dropout=0.0, planned_blocks=0, stacks=(), tail=()))
     return {**plain, "blocks": [asdict(block) for block in blocks], "stacks": None, "tail": None}
+
+
+def _chosen(experts: ExpertSpec | None, d_ff: int) -> ExpertSpec | None:
+    """Experts without what balances them in training."""
+    if experts is None:
+        return None
+    return replace(experts, width=experts.width or d_ff, aux_weight=0.0, bias_rate=0.0, z_weight=0.0)

@@ -14,6 +14,7 @@ from stackwise.model.block_spec import BlockSpec
 from stackwise.model.expert_spec import ExpertSpec
 from stackwise.model.parts import KernelSpec, LatentSpec
 from stackwise.model.pretrained import Table, find_table
+from stackwise.model.rope_scaling import RopeScaling, growth
 from stackwise.model.settings import ModelSettings
 from stackwise.model.spec import RackSpec, StackSpec, TimeSpec
 
@@ -49,15 +50,20 @@ def _options(model: ModelSettings) -> dict[str, Any]:
         "causal": fields["attention_mode"] == "causal",
         "n_kv_heads": fields["n_kv_heads"],
         "qk_norm": fields["qk_norm"],
-        "latent": _latent(fields),
+        "latent": _latent(fields, model.scaled_rope),
         "kernel": _kernel(fields),
     }
 
 
-def _latent(fields: Mapping[str, Any]) -> LatentSpec | None:
+def _latent(fields: Mapping[str, Any], scaling: RopeScaling | None) -> LatentSpec | None:
     if fields["attention_type"] != "mla":
         return None
-    return LatentSpec(fields["mla_rq"], fields["mla_rkv"], fields["mla_rope_dim"])
+    scale = 1.0
+    if scaling is not None and scaling.mscale_all_dim is not None:
+        scale = (
+            growth(scaling.factor, scaling.mscale_all_dim) ** 2
+        )  # of all scores, not of rotated numbers alone
+    return LatentSpec(fields["mla_rq"], fields["mla_rkv"], fields["mla_rope_dim"], scale=scale)
 
 
 def _kernel(fields: Mapping[str, Any]) -> KernelSpec | None:

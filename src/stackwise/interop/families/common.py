@@ -81,7 +81,14 @@ def read_rope(config: dict[str, Any], settings: Settings, problems: list[Problem
     """Base of the rotation and its scaling, from the form of today (rope_parameters) or the older one."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     theta = config.get("rope_theta")
+    for name, given in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(given, dict | None):
+            problems.append(Problem(name, "must be a map or null", given))
+            return
     rope = dict(new or old or {})
+    if new and old and {**old, "rope_theta": 0} != {**new, "rope_theta": 0}:
+        problems.append(Problem("rope_scaling", f"says something else than rope_parameters {new}", old))
+        return
     settings["rope_theta"] = rope.pop("rope_theta", theta) or 10_000.0
     older = rope.pop("type", "default")
     kind = rope.pop("rope_type", older)
@@ -176,10 +183,12 @@ def read_layer_types(config: dict[str, Any], settings: Settings, problems: list[
     """Layers with a window as Qwen tells them: by `layer_types`, or all behind the first `max_window_layers`."""
     first, kinds = config.get("max_window_layers", 28), config.get("layer_types")
     width, layers = config.get("sliding_window", 4096), settings.get("n_layers")
-    if config.get("use_sliding_window", False) and isinstance(layers, int):
-        read_windows(
-            kinds or [FULL if i < first else SLIDING for i in range(layers)], width, settings, problems
-        )
+    windows = config.get("use_sliding_window", False)
+    if not windows and set(kinds or ()) - {FULL}:
+        problems.append(Problem("layer_types", "needs use_sliding_window, or other layers", kinds, FULL))
+    elif windows and isinstance(layers, int):
+        kinds = kinds or [FULL if layer < first else SLIDING for layer in range(layers)]
+        read_windows(kinds, width, settings, problems)
 
 
 def write_layer_types(spec: RackSpec) -> dict[str, Any]:

@@ -44,8 +44,11 @@ def _read(config: dict[str, Any], settings: Settings, problems: list[Problem]) -
     kinds, width = config.get("layer_types"), config.get("local_attention", 128)
     far, near = config.get("global_rope_theta", 160_000.0), config.get("local_rope_theta", 10_000.0)
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or not all(isinstance(part, dict) for part in rope.values()):
+        problems.append(Problem("rope_parameters", "must be a map of maps or null", rope))
+        return
     for name in (FULL, SLIDING):
-        given = dict(rope.get(name) or {})
+        given = dict(rope.get(name, {}))
         theta, kind = given.pop("rope_theta", None), given.pop("rope_type", "default")
         if kind != "default" or given:
             problems.append(Problem(f"rope_parameters.{name}", "is not understood", rope[name]))
