@@ -28,6 +28,13 @@ PARAMETERS = {
     "llama3-8b": 8_030_261_248,
     "qwen3-0.6b": 596_049_920,
     "llada-8b": 8_015_581_184,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v3": 671_026_404_352,  # and 14,848 offsets of the routers, which no gradient reaches
+    "tiny-bert": 4_416_698,
+    "bert-base": 109_514_298,
+    "bert-large": 335_174_458,
+    "modernbert-base": 149_655_232,
 }
 OTHERS = {"append-small", "demo", "diffusion-char", "shakespeare-char", "tiny-llama"}
 
