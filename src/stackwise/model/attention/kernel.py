@@ -36,6 +36,10 @@ from stackwise.model.cache import BlockCache, KeyValueCache, StateCache
 from stackwise.model.parts import KernelSpec
 from stackwise.model.visibility import Mask, Visibility
 
+HIGHEST = 100.0
+"""Bound on the frequencies of the laplacian kernels, whose distribution has no mean: one in a hundred lies above. They
+tell apart what is nearer than 1/100 of the bandwidth, where they would see rounding errors as well."""
+
 
 class Kernel(nn.Module):
     """Stands in the place of softmax(q k / sqrt(U)) v, behind the projections of a block."""
@@ -160,8 +164,8 @@ def random_rows(kernel: KernelSpec, width: int, generator: torch.Generator) -> T
     if kernel.kind == "uniform":
         return (2 * torch.rand(count, width, generator=generator) - 1) * scale
     if kernel.norm == "l1":
-        return torch.empty(count, width).cauchy_(generator=generator) * scale
-    return normal / torch.randn(count, 1, generator=generator).abs() * scale
+        return torch.empty(count, width).cauchy_(generator=generator).clamp_(-HIGHEST, HIGHEST) * scale
+    return normal / torch.randn(count, 1, generator=generator).abs().clamp_min(1 / HIGHEST) * scale
 
 
 def kappa(kernel: KernelSpec, q: Tensor, k: Tensor) -> Tensor:

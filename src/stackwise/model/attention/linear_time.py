@@ -39,8 +39,8 @@ def linear_attention(
 ) -> Tensor:
     """q, k: logarithms of features, fp32 or wider -> [B, N, T, V] in v's dtype. The cache takes up the new tokens."""
     with torch.autocast(v_BGTV.device.type, enabled=False):
-        q = (q_BNTD - q_BNTD.amax(-1, keepdim=True).detach()).exp().unflatten(1, (k_BGTD.shape[1], -1))
-        top = k_BGTD.amax(-1).detach()  # [B, G, T]
+        q = (q_BNTD - q_BNTD.detach().amax(-1, keepdim=True)).exp().unflatten(1, (k_BGTD.shape[1], -1))
+        top = k_BGTD.detach().amax(-1)  # [B, G, T]
         k = (k_BGTD - top.unsqueeze(-1)).exp()
         v = torch.cat((v_BGTV.to(k.dtype), torch.ones_like(top).unsqueeze(-1)), dim=-1)
         padding, documents = visibility.padding, visibility.documents
@@ -101,14 +101,16 @@ def _prefix(
     """
     sums, tops = [], []
     last: Tensor | None = None  # document of the token before the chunk
-    for start in range(0, q.shape[-2], CHUNK):
-        part = slice(start, start + CHUNK)
-        q_c, k_c, v_c, top_c = q[..., part, :], k[..., part, :], v[..., part, :], top[..., part]
+    # split, not slices: the gradient of each slice would be as long as the row
+    chunks = zip(*(x.split(CHUNK, dim=-2) for x in (q, k, v, top.unsqueeze(-1))), strict=True)
+    ids_of = None if documents is None else documents.split(CHUNK, dim=-1)
+    for i, (q_c, k_c, v_c, top_c) in enumerate(chunks):
+        top_c = top_c.squeeze(-1)
         size = top_c.shape[-1]
         seen = torch.ones(1, 1, size, size, dtype=torch.bool, device=q.device).tril(-1 if strict else 0)
         held, keep, kept = state.top.unsqueeze(-1).expand(-1, -1, size), None, top_c
-        if documents is not None:
-            ids = documents[:, part]
+        if ids_of is not None:
+            ids = ids_of[i]
             seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
             kept = top_c.masked_fill((ids != ids[:, -1:])[:, None], -torch.inf)
             if last is not None:
