@@ -17,7 +17,7 @@ from stackwise.data.tokenizers import load_tokenizer
 
 VERBS = [
     "demo", "train", "plan", "generate", "fill", "embed", "chat", "eval", "report", "info", "runs", "cache", "config show", "config validate",
-    "config schema", "tokenizer train", "data prepare",
+    "config schema", "tokenizer train", "data prepare", "import", "export",
 ]  # fmt: skip
 
 
