@@ -54,8 +54,9 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": LENGTH,
 }
+PLAIN = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
 BERT = {
-    **{key: value for key, value in LLAMA.items() if key != "num_key_value_heads"},
+    **PLAIN,
     "intermediate_size": 4 * WIDTH,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
@@ -94,7 +95,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "modernbert": (
         "ModernBertConfig",
         "ModernBertForMaskedLM",
-        {**LLAMA, **IDS, "local_attention": 64, "intermediate_size": 384},
+        {**PLAIN, **IDS, "local_attention": 64, "intermediate_size": 384},
     ),
     "mixtral": (
         "MixtralConfig",

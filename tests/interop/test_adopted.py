@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stackwise.cli.main import main
+from stackwise.config.errors import ConfigError
 from stackwise.config.root import StackWiseConfig
 from stackwise.interop.hf_import import read_model
 from stackwise.tracking.folder import RunFolderError, list_runs
@@ -57,6 +58,14 @@ def test_another_run_starts_from_it(saved: Saved, tmp_path: Path, text_file: Pat
     assert before.keys() == after.keys()
     moved = [(after[name] - before[name]).abs().max().item() for name in before]
     assert 0 < max(moved) < 0.01
+
+
+def test_a_model_folder_itself_is_no_run(saved: Saved, tmp_path: Path, text_file: Path) -> None:
+    path = adopted(saved, tmp_path)
+    start = [f"checkpoint.init_from={tmp_path / 'hf-llama'}"]
+    config = StackWiseConfig.from_yaml(path / "config.yaml", [*overrides(path, text_file), *start])
+    with pytest.raises(ConfigError, match="stackwise import"):
+        train(config, sinks=[])
 
 
 def test_adapters_train_on_top_of_it(saved: Saved, tmp_path: Path, text_file: Path) -> None:

@@ -12,6 +12,7 @@ from stackwise.curriculum.growth import plain_tensors
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.model.own_io import InOut
 from stackwise.model.rack import Rack
+from stackwise.tracking.folder import RunFolder
 from stackwise.training.stored import open_run
 
 KEY = "checkpoint.init_from"
@@ -25,6 +26,9 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bo
     all stacks of the rack start as a copy of it. Raises RunFolderError or CheckpointError where there is no such run,
     and ConfigError where its tokens, the number or order of its stacks or a shape are others, or nothing fits.
     """
+    if (Path(path) / "config.json").is_file() and not RunFolder(path).holds_a_run():
+        message = "is a model folder of the Hugging Face format, not a run"
+        raise ConfigError(Problem(KEY, message, str(path), hint=f"stackwise import {path} makes one of it"))
     run = open_run(path)
     if to_all and len(run.rack.stacks) != 1:
         message = f"has {len(run.rack.stacks)} stacks, and a shared start is a run of one"
