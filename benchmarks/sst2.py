@@ -39,17 +39,19 @@ PAD, UNKNOWN = 0, 1
 class Recipe:
     """What all attentions share."""
 
-    d_model: int = 128
+    d_model: int = 64
     n_heads: int = 4
-    d_ff: int = 256
+    d_ff: int = 128
     n_layers: int = 2
-    dropout: float = 0.3
-    hidden_words: float = 0.2
+    dropout: float = 0.2
+    hidden_words: float = 0.3
     epochs: int = 8
     batch_size: int = 50
-    lr: float = 1e-3
-    embedding_lr: float = 5e-3
+    lr: float = 2e-3
+    embedding_lr: float = 1e-2
     weight_decay: float = 0.1
+    clip: float = 1.0
+    bandwidth: float = 4.0
     max_words: int = 64
 
 
@@ -107,7 +109,9 @@ def classifier(attention: str, seed: int, vocab: int, recipe: Recipe) -> Sequenc
     if attention == "mlgka":
         kv_heads = max(1, recipe.n_heads // 4)
         last = (kv_heads, recipe.n_layers, 2, recipe.max_words)
-        return MLGKATextClassifier(vocab, *sizes, *last, dropout=recipe.dropout, seed=seed)
+        return MLGKATextClassifier(
+            vocab, *sizes, *last, dropout=recipe.dropout, kernel_bandwidth=recipe.bandwidth, seed=seed
+        )
     rack = create_simple_rack(
         recipe.n_layers,
         1,
@@ -148,7 +152,8 @@ def run(
             loss = model.loss(model(ids.masked_fill(hidden & mask, UNKNOWN), mask), labels)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if recipe.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             schedule.step()
             last = float(loss.detach())

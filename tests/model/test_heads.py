@@ -189,7 +189,7 @@ def test_the_mlgka_classifier_has_the_size_and_attention_of_its_name():
     assert 1.15e6 < small.get_parameter_count() < 1.25e6
     info = small.get_attention_info()
     assert (info["family"], info["kernel"], info["n_kv_heads"]) == ("mla", "laplacian", 2)
-    assert (info["query_rank"], info["kv_rank"], info["rope_dim"]) == (32, 16, 8)
+    assert (info["query_rank"], info["kv_rank"], info["rope_dim"], info["bandwidth"]) == (32, 16, 8, 4.0)
     small.double().eval()
     alone, other = torch.randint(0, 2000, (1, 5)), torch.randint(0, 2000, (2, 9))
     other[:, :5] = alone
@@ -198,3 +198,17 @@ def test_the_mlgka_classifier_has_the_size_and_attention_of_its_name():
     assert not torch.allclose(small(other), small(alone))
     with pytest.raises(ValueError, match="n_heads"):
         MLGKATextClassifier(50, 16, 16, n_heads=3, n_kv_heads=1, n_layers=1)
+
+
+def test_a_wide_kernel_keeps_the_gradient_of_the_embedding_small():
+    ids, labels = torch.randint(0, 50, (16, 12)), torch.randint(0, 2, (16,))
+
+    def gradient(bandwidth):
+        total = 0.0
+        for seed in range(3):
+            model = MLGKATextClassifier(50, 32, 32, 4, 1, 2, kernel_bandwidth=bandwidth, seed=seed)
+            model.loss(model(ids), labels).backward()
+            total += float(model.rack.embedding.weight.grad.norm())
+        return total
+
+    assert gradient(16.0) < 0.5 * gradient(1.0)
