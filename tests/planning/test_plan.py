@@ -129,6 +129,19 @@ CONFIGS = {
         "training__progressive__shared_start_fraction": 0.3,
         "training__optimizer__optimizer_type": "Muon",
     },
+    "experts": {
+        **TWO,
+        "model__moe__n_experts": 4,
+        "model__moe__d_ff": 24,
+        "model__moe__n_shared": 1,
+        "model__moe__z_weight": 0.1,
+    },
+    "experts computed again": {
+        **TWO,
+        "model__moe__n_experts": 3,
+        "model__moe__balancing": "bias",
+        "training__gradient_checkpointing": True,
+    },
     "grow": {**TWO, "training__max_steps": 4, "training__progressive__building_mode": "grow"},
     "end to end, Adam": {
         **TWO,
