@@ -51,7 +51,7 @@ class Recipe:
     embedding_lr: float = 1e-2
     weight_decay: float = 0.1
     clip: float = 1.0
-    bandwidth: float = 4.0
+    bandwidth: float = 16.0
     max_words: int = 64
 
 

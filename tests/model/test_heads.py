@@ -189,7 +189,7 @@ def test_the_mlgka_classifier_has_the_size_and_attention_of_its_name():
     assert 1.15e6 < small.get_parameter_count() < 1.25e6
     info = small.get_attention_info()
     assert (info["family"], info["kernel"], info["n_kv_heads"]) == ("mla", "laplacian", 2)
-    assert (info["query_rank"], info["kv_rank"], info["rope_dim"], info["bandwidth"]) == (32, 16, 8, 4.0)
+    assert (info["query_rank"], info["kv_rank"], info["rope_dim"], info["bandwidth"]) == (32, 16, 8, 16.0)
     small.double().eval()
     alone, other = torch.randint(0, 2000, (1, 5)), torch.randint(0, 2000, (2, 9))
     other[:, :5] = alone
