@@ -16,6 +16,7 @@ _HOMES = {
     "stackwise.curriculum.curricula": ["stages"],
     "stackwise.curriculum.stage": ["Stage"],
     "stackwise.training.progressive_data": ["ProgressiveDataLoader"],
+    "stackwise.model.attention.standalone": ["CoreAttention"],
     "stackwise.model.block": ["Block", "Stack"],
     "stackwise.model.factory": [
         "create_rack_from_config",
@@ -50,6 +51,7 @@ __all__ = [
     "ArchitectureTrainer",
     "Block",
     "ConfigError",
+    "CoreAttention",
     "LexicalKernelManager",
     "MLGKATextClassifier",
     "MaskScheduler",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from stackwise.curriculum.builder import ProgressiveRackBuilder
     from stackwise.curriculum.curricula import stages
     from stackwise.curriculum.stage import Stage
+    from stackwise.model.attention.standalone import CoreAttention
     from stackwise.model.block import Block, Stack
     from stackwise.model.factory import (
         create_rack_from_config,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from stackwise.model.attention.kernel import Kernel, kappa
 from stackwise.model.attention.linear_time import linear_attention
+from stackwise.model.attention.standalone import CoreAttention
 from stackwise.model.attention_flops import CHUNK
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import StateCache
@@ -106,7 +107,7 @@ def masks(tokens):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("scale", [1.0, 6.0], ids=["small", "large"])
 def test_linear_time_is_the_weighted_mean_over_what_is_seen(mask, causal, scale):
-    tokens = CHUNK + 70
+    tokens = 2 * CHUNK + 70
     q, k = (scale * torch.randn(2, n, tokens, 5, dtype=torch.float64) for n in (4, 2))
     v = torch.randn(2, 2, tokens, 3, dtype=torch.float64)
     given = masks(tokens)[mask]
@@ -290,3 +291,51 @@ def test_windows_distances_and_caps_hold_in_the_cache_as_in_the_full_pass(mode, 
     )
     plain.double().load_state_dict(rack.state_dict())
     assert not torch.allclose(plain(ids), full)
+
+
+@pytest.mark.parametrize("preset", ["gpt_style", "mla_attention", "kernel_attention", "mlgka"])
+def test_attention_by_itself_is_made_again_from_its_config(preset):
+    made = CoreAttention.from_config({"d_model": 16, "n_heads": 4, "attention_preset": preset, "seed": 5})
+    again = CoreAttention.from_config(made.get_config())
+    assert again.get_config() == made.get_config()
+    assert [n for n, _ in again.named_buffers()] == [n for n, _ in made.named_buffers()]
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(made(x), again(x))
+    other = CoreAttention.from_config({**made.get_config(), "seed": 6})
+    assert not torch.equal(made(x), other(x))
+    assert made.get_attention_info()["n_kv_heads"] == (1 if preset == "mlgka" else 4)
+
+
+def test_the_linear_kernel_is_plain_attention_without_buffers():
+    made = CoreAttention.from_config(
+        {"d_model": 16, "n_heads": 4, "kernel_type": "linear", "pos_encoding": "none"}
+    )
+    assert not list(made.buffers())
+    x = torch.randn(2, 9, 16)
+    q, k, v = (
+        layer(x).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (made.attn.q, made.attn.k, made.attn.v)
+    )
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(made(x), made.attn.o(out), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"kernel_dim": 0}, ValueError, "kernel_dim"),
+        ({"n_kv_heads": 24}, ValueError, "n_kv_heads must divide"),
+        ({"dropout": 1.2}, ValueError, "dropout"),
+        ({"kernel_type": "laplacian", "kernel_mode": "linear"}, ValueError, "no positive features"),
+        ({"attention_type": "mla", "mla_rope_dim": 3}, ValueError, "even"),
+        ({"attention_typ": "mla"}, TypeError, "did you mean 'attention_type'"),
+    ],
+)
+def test_wrong_fields_of_attention_are_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        CoreAttention.from_config(fields)
+
+
+def test_attention_by_itself_refuses_rows_beyond_its_positions():
+    made = CoreAttention.from_config({"d_model": 16, "n_heads": 4, "max_seq_len": 8})
+    with pytest.raises(ValueError, match="9 tokens are more than max_seq_len = 8"):
+        made(torch.randn(1, 9, 16))

@@ -186,3 +186,39 @@ def test_descriptions_survive_json():
 def test_what_makes_no_sense_is_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("q_rank", [0, 10])
+def test_a_layer_is_that_of_deepseek_v3(q_rank):
+    modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=q_rank or None,
+        kv_lora_rank=6,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=5,
+        max_position_embeddings=64,
+    )
+    config._attn_implementation = "sdpa"
+    theirs = modeling.DeepseekV3Attention(config, 0).double()
+    ours = attention_of(block_of(replace(LATENT, q_rank=q_rank), norm_eps=1e-6))
+    names = {
+        "q": "q_proj",
+        "q_down": "q_a_proj",
+        "q_norm": "q_a_layernorm",
+        "q_up": "q_b_proj",
+        "o": "o_proj",
+    }
+    names |= {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"}
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            theirs.get_parameter(f"{names[name.split('.')[0]]}.weight").copy_(parameter)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    rotary = modeling.DeepseekV3RotaryEmbedding(config)(x, torch.arange(9)[None])
+    expected = theirs(x, position_embeddings=rotary, attention_mask=None)[0]
+    torch.testing.assert_close(ours(x, context_of(9)), expected, rtol=1e-5, atol=1e-6)

@@ -211,6 +211,23 @@ class BlockSpec:
         """Numbers of a head's value."""
         return (self.latent.value_dim if self.latent is not None else 0) or self.head_dim
 
+    def attention_info(self) -> dict[str, Any]:
+        """What the attention is, in words and numbers: family, heads, kernel and ranks."""
+        latent, kernel = self.latent, self.kernel
+        info: dict[str, Any] = {
+            "family": self.attention_type,
+            "causal": self.causal,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "kernel": "linear" if kernel is None else kernel.kind,
+        }
+        if kernel is not None:
+            info |= {"kernel_mode": kernel.mode, "features": kernel.features, "bandwidth": kernel.bandwidth}
+        if latent is not None:
+            info |= {"query_rank": latent.q_rank, "kv_rank": latent.kv_rank, "rope_dim": latent.rope_dim}
+        return info
+
     @classmethod
     def create(cls, options: Mapping[str, Any]) -> BlockSpec:
         """From keyword arguments, nested parts as themselves or as maps; an unknown one is a TypeError with the nearest

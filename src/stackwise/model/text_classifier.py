@@ -62,19 +62,4 @@ class MLGKATextClassifier(SequenceClassifier):
 
     def get_attention_info(self) -> dict[str, Any]:
         """What its attention is: family, heads, kernel and ranks."""
-        spec = self.rack.blocks()[0].spec
-        assert spec.latent is not None
-        assert spec.kernel is not None
-        return {
-            "family": spec.attention_type,
-            "n_heads": spec.n_heads,
-            "n_kv_heads": spec.n_kv_heads,
-            "head_dim": spec.head_dim,
-            "kernel": spec.kernel.kind,
-            "kernel_mode": spec.kernel.mode,
-            "features": spec.kernel.features,
-            "bandwidth": spec.kernel.bandwidth,
-            "query_rank": spec.latent.q_rank,
-            "kv_rank": spec.latent.kv_rank,
-            "rope_dim": spec.latent.rope_dim,
-        }
+        return self.rack.blocks()[0].spec.attention_info()
