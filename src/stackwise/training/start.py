@@ -36,7 +36,9 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bo
         raise ConfigError(Problem(KEY, message, str(path), hint=hint))
     if run.tokenizer.hash != tokenizer.hash:
         message = "has another tokenizer, so its embedding means other tokens"
-        hint = f"base: {Path(path) / 'config.yaml'} takes over its tokenizer with the rest of its configuration"
+        hint = (
+            f"base: {Path(path) / 'config.yaml'} takes over its tokenizer with the rest of its configuration"
+        )
         raise ConfigError(Problem(KEY, message, str(path), hint=hint))
     theirs = [stack.uid for stack in run.rack.stacks]
     shared = [stack.uid for stack in rack.stacks if to_all or stack.uid in theirs]
