@@ -63,7 +63,9 @@ def test_what_does_not_fit_is_named(tiny, source):
         ConfigError, match=r"other shapes: .*embedding.weight is \[\d+, 16\] there and \[\d+, 32\]"
     ):
         start_from(rack(model__d_model=32), source, tokenizer)
-    with pytest.raises(ConfigError, match=r"another tokenizer.*base: .*config\.yaml takes over its tokenizer"):
+    with pytest.raises(
+        ConfigError, match=r"another tokenizer.*base: .*config\.yaml takes over its tokenizer"
+    ):
         start_from(rack(), source, ByteTokenizer())
     turned = rack()
     turned = Rack(turned.spec.with_stacks(turned.spec.stacks[::-1]))
