@@ -21,6 +21,16 @@ MLA = "model: {attention_preset: mla_attention, attention_overrides: {attention_
 
 BROKEN = [
     (
+        "model: {stacks: [{windowed: false}, {}]}\ntraining: {progressive: {enabled: false}}",
+        "model.stacks.0.windowed",
+        "leaves out the window, but model.sliding_window is null",
+    ),
+    (
+        "model: {stacks: [{}, {experts: false}]}\ntraining: {progressive: {enabled: false}}",
+        "model.stacks.1.experts",
+        "leaves out the experts, but model.moe.n_experts is 0",
+    ),
+    (
         "data: {packing: false, bucketing: true}\ntraining: {progressive: {cache_activations: true}}",
         "training.progressive.cache_activations",
         "stored outputs have one width, and under data.bucketing batches have widths of their own",

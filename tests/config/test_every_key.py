@@ -354,6 +354,10 @@ PROOFS: dict[str, Proof] = {
         for name, (to, given) in ATTENTION.items()
     },
     "model.stacks.N.dropout": shape(0.1),
+    "model.stacks.N.windowed": item(
+        rack_spec, False, [{}, {}], model__vocab_size=97, model__sliding_window=4
+    ),
+    "model.stacks.N.experts": item(rack_spec, False, [{}, {}], model__vocab_size=97, model__moe__n_experts=4),
     "model.stacks": rack([{}, {"d_ff": 96}]),
     "objective.mask_fraction": lessons(0.5, MASKED),
     "objective.corruption": lessons("absorbing", MASKED),

@@ -109,6 +109,20 @@ def grown_stacks_repeat_the_pattern(config: StackWiseConfig) -> list[Problem]:
     return found
 
 
+@rule("model.stacks", "model.sliding_window", "model.moe.n_experts")
+def stacks_leave_out_what_is_there(config: StackWiseConfig) -> list[Problem]:
+    """A stack that does without windows or experts, in a model without them, was meant otherwise."""
+    model, found = config.model, []
+    for i, stack in enumerate(model.stacks or ()):
+        if not stack.windowed and model.sliding_window is None:
+            message = "leaves out the window, but model.sliding_window is null"
+            found.append(Problem(f"model.stacks.{i}.windowed", message, False, "true"))
+        if not stack.experts and not model.moe.n_experts:
+            message = "leaves out the experts, but model.moe.n_experts is 0"
+            found.append(Problem(f"model.stacks.{i}.experts", message, False, "true"))
+    return found
+
+
 def grows_stacks(config: StackWiseConfig) -> bool:
     """Whether stacks are added that repeat the blocks of others."""
     records = config.training.stages or ()

@@ -70,15 +70,23 @@ class StackShape(Settings):
     """Single fields changed in the attention of the stack."""
     dropout: BelowOne | None = None
     """Dropout of its blocks. null: `model.dropout`."""
+    windowed: Flag = True
+    """false: its blocks see everything in spite of `model.sliding_window`."""
+    experts: Flag = True
+    """false: its feed-forwards are dense in spite of `model.moe`."""
 
     def applied_to(self, model: "ModelSettings") -> "ModelSettings":
         """The model as the blocks of this stack see it."""
-        own = {
+        own: dict[str, Any] = {
             name: value
             for name in ("n_heads", "n_kv_heads", "d_ff", "ffn_type", "attention_preset", "dropout")
             if (value := getattr(self, name)) is not None
         }
         own.setdefault("d_ff", model.ffn_width)
+        if not self.windowed:
+            own["sliding_window"] = None
+        if not self.experts:
+            own["moe"] = model.moe.model_copy(update={"n_experts": 0})
         if {"n_heads", "attention_preset"} & own.keys():
             own.setdefault("n_kv_heads", None)  # that of the model was chosen for other attention
         overrides = {
