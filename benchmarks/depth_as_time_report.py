@@ -9,6 +9,7 @@ from typing import Any
 
 BEGIN, END = "<!-- generated: depth-as-time -->", "<!-- end of depth-as-time -->"
 WHOLE, CONTROL = "end to end", "control: one stack"
+CONTROLS = (CONTROL, "control: one stack, rows alike")
 COLOURS = {"whole": "#24292f", "independent": "#2f6fde", "prepend": "#0d9488", "control": "#cf4577"}
 
 
@@ -19,8 +20,8 @@ class Rows:
         self.stacks = stacks
         self.found: dict[str, list[dict[str, Any]]] = {}
         for record in records:
-            # the one-stack control has everybody's budget, whatever number of stacks it was listed with
-            if record["job"]["stacks"] == stacks or record["job"]["variant"] == CONTROL:
+            # the one-stack controls have everybody's budget, whatever number of stacks it was listed with
+            if record["job"]["stacks"] == stacks or record["job"]["variant"] in CONTROLS:
                 self.found.setdefault(record["job"]["variant"], []).append(record)
 
     def mean(self, variant: str, key: str = "nelbo") -> float:
@@ -90,7 +91,7 @@ def verdicts_of(rows: Rows, variants: Sequence[Any]) -> list[str]:
             + ("" if n >= 3 else "; asked for from 3 stacks on"),
         ),
     ]
-    for control in (CONTROL, "control: random partition"):
+    for control in (*CONTROLS, "control: random partition"):
         if control in rows.found:
             other = rows.mean(control)
             pairs = rows.differences(best, control)
@@ -166,7 +167,12 @@ def draw(path: Path, tables: Sequence[Rows], variants: Sequence[Any]) -> None:
     from matplotlib.figure import Figure
 
     listed = [
-        sorted((v for v in variants if v.name in rows.found), key=lambda v, rows=rows: rows.mean(v.name))
+        [
+            v
+            for _, _, v in sorted(
+                (rows.mean(v.name), i, v) for i, v in enumerate(variants) if v.name in rows.found
+            )
+        ]
         for rows in tables
     ]
     heights = [max(2, len(names)) for names in listed] or [2]
