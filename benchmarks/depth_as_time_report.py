@@ -85,10 +85,9 @@ def verdicts_of(rows: Rows, variants: Sequence[Any]) -> list[str]:
             f"({100 * (loss / whole - 1):+.1f} %)",
         ),
         _verdict(
-            bytes_ratio >= 2.5,
-            f"{n} stacks, at most 1/2.5 of its peak training bytes: {rows.peak(best) / 1e6:.2f} of "
-            f"{rows.peak(WHOLE) / 1e6:.2f} MB (1/{bytes_ratio:.2f})"
-            + ("" if n >= 3 else "; asked for from 3 stacks on"),
+            bytes_ratio >= (2.5 if n >= 3 else 1),
+            f"{n} stacks, {'at most 1/2.5 of' if n >= 3 else 'less than'} its peak training bytes: "
+            f"{rows.peak(best) / 1e6:.2f} of {rows.peak(WHOLE) / 1e6:.2f} MB (1/{bytes_ratio:.2f})",
         ),
     ]
     for control in (*CONTROLS, "control: random partition"):
