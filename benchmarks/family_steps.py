@@ -75,6 +75,7 @@ DEEPSEEK = {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
 }
+GEMMA = {**LLAMA, "head_dim": 64, **IDS}
 GPT2 = {
     "vocab_size": VOCAB,
     "n_positions": LENGTH,
@@ -107,6 +108,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK, "q_lora_rank": 96, "n_group": 2, "topk_group": 1},
+    ),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", GEMMA),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**GEMMA, "sliding_window": 64, "query_pre_attn_scalar": 64},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**GEMMA, "sliding_window": 64, "sliding_window_pattern": 4, "query_pre_attn_scalar": 64},
     ),
 }
 

@@ -592,6 +592,16 @@ BROKEN = [
         "model.attention_overrides.kernel_mode",
         "never builds the single scores that model.sliding_window would change",
     ),
+    (
+        "model: {attention_preset: mla_attention, attention_overrides: {attention_mode: causal}, score_width: 9}",
+        "model.score_width",
+        "latent attention scales its scores by itself",
+    ),
+    (
+        "model: {score_width: 9, attention_overrides: {kernel_type: gaussian}}",
+        "model.score_width",
+        "a kernel scales what it compares by itself, got 9.0; allowed: null",
+    ),
     (MLA % "qk_norm: true", "model.attention_overrides.qk_norm", "mla normalises its latents"),
     (
         "model: {attention_preset: mla_attention, qk_norm: true, attention_overrides: {attention_mode: causal}}",

@@ -256,6 +256,7 @@ PROOFS: dict[str, Proof] = {
     "model.head_dim": rack(32),
     "model.attention_bias": rack("qkv"),
     "model.attention_softcap": rack(30.0),
+    "model.score_width": rack(9.0),
     "model.sliding_window": rack(64),
     "model.window_every": rack(2, {"model.sliding_window": 64}),
     "model.full_block": rack(0, {"model.sliding_window": 64, "model.window_every": 2}),

@@ -67,6 +67,8 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"n_kv_heads": 2, "head_width": 6, "attention_bias": "qkv"},
     {"use_rope": False, "norm": "layernorm", "ffn_type": "gelu", "qk_norm": True},
     {"tie_embeddings": False, "ffn_type": "relu2", "bias": True, "residual_gain": 0.5},
+    {"norm": "rmsnorm_offset", "ffn_type": "geglu_tanh", "qk_norm": True, "score_width": 5.0},
+    {"norm": "rmsnorm_offset", "score_width": 5.0, "short_conv": 2},
     {"short_conv": 3},
     {"short_conv": 2, "norm": "layernorm", "bias": True, "n_kv_heads": 2},
 ]

@@ -46,6 +46,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+GEMMA = {**LLAMA, "head_dim": 16, **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)}
 DEEPSEEK = {
     **LLAMA,
     "num_key_value_heads": 4,
@@ -114,6 +115,23 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 1},
+    ),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", GEMMA),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**GEMMA, "sliding_window": 6, "query_pre_attn_scalar": 12},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            "num_hidden_layers": 5,
+            "sliding_window": 6,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 12,
+        },
     ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stackwise.cli.main import main
 from stackwise.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -18,6 +18,7 @@ from stackwise.interop.errors import InterchangeError
 from stackwise.interop.families import families
 from stackwise.interop.hf_export import family_for, write_model
 from stackwise.interop.hf_import import read_model
+from stackwise.interop.shards import Group, write_shards
 from stackwise.model.factory import create_rack_from_config, create_simple_rack
 from stackwise.model.rack import Rack
 from stackwise.training.adopt import adopt
@@ -249,6 +250,55 @@ def test_the_family_is_recognised_however_the_stacks_are_cut(saved: Saved) -> No
     family, _, reason = family_for(odd)
     assert family is None
     assert "qk_norm of block 1 is True, not False" in reason
+
+
+def test_the_nearest_family_is_named_by_what_is_different(saved: Saved) -> None:
+    def reason(**options: Any) -> str:
+        made = create_simple_rack(1, 2, 32, 48, 4, 300, attention_preset="gpt_style", **options)
+        family, _, text = family_for(made.spec)
+        assert family is None
+        return text
+
+    assert reason(short_conv=2) == "it is no llama: short_conv of block 0 is 2, not 0"
+    gpt2 = {"norm": "layernorm", "bias": True, "use_rope": False, "ffn_type": "gelu_tanh"}
+    assert reason(**gpt2, softcap=3.0) == "it is no gpt2: softcap of block 0 is 3.0, not None"
+    latent = {"q_rank": 0, "kv_rank": 8, "rope_dim": 4}
+    text = reason(attention_type="mla", latent=latent)
+    assert text.startswith(
+        "it is no llama: attention_type of block 0 is mla, not mha; latent of block 0 is there, not missing"
+    )
+    spec = read_model(saved("deepseek_v3")[1]).rack.spec
+    blocks = spec.stacks[0].blocks
+    assert blocks[1].experts is not None
+    blocks = (
+        blocks[0],
+        *(replace(b, experts=replace(b.experts, scale=3.0)) for b in blocks[1:2]),
+        *blocks[2:],
+    )
+    text = family_for(spec.with_stacks([replace(spec.stacks[0], blocks=blocks)]))[2]
+    assert text.startswith("it is no deepseek_v3: experts.scale of block ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_of_a_family_is_a_single_number(kind: str, saved: Saved) -> None:
+    read = read_model(saved(kind)[1], stacks=1)
+    assert min(tensor.dim() for tensor in read.rack.state_dict().values()) == 1
+
+
+def test_a_file_with_a_single_number_holds_one_tensor_too_many(saved: Saved) -> None:
+    _, folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.scale": torch.tensor(2.0)}, folder / "model.safetensors")
+    with pytest.raises(InterchangeError, match=r"unknown +model\.scale \[\]"):
+        read_model(folder)
+
+
+def test_a_single_number_is_written_and_read_like_any_tensor(tmp_path: Path) -> None:
+    value = torch.tensor(2.5)
+    write_shards(tmp_path, [Group(("one",), ((),), (torch.bfloat16,), lambda: [value])], 100)
+    held = load_file(tmp_path / "model.safetensors")["one"]
+    assert held.shape == ()
+    assert held == value
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks Transformers by an older name

@@ -57,7 +57,7 @@ def test_greedy_text_is_that_of_transformers(kind: str, saved: Saved) -> None:
     assert torch.equal(rack.generate(ids, max_new_tokens=64, temperature=0.0), wanted)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "gemma3_text"])
 def test_losses_and_gradients_are_those_of_transformers(kind: str, saved: Saved) -> None:
     model, folder = saved(kind)
     read = read_model(folder, blocks_per_stack=2)
@@ -112,6 +112,13 @@ def test_any_number_format_is_read_to_the_last_bit(kind: str, dtype: torch.dtype
         ("deepseek_v2", {"rope_scaling": YARN}),
         ("deepseek_v3", {"rope_scaling": YARN}),
         ("deepseek_v3", {"q_lora_rank": None, "routed_scaling_factor": 2.5, "norm_topk_prob": False}),
+        ("gemma", {"attention_bias": True, "num_key_value_heads": 1}),
+        ("gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("gemma3_text", {"rope_scaling": LLAMA3}),
+        ("gemma3_text", {"layer_types": [S] * 5}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 5}),
     ],
 )  # fmt: skip
 def test_what_models_of_a_family_differ_in(

@@ -57,6 +57,18 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
         ("modernbert", "local_attention", 7, "even"),
         ("modernbert", "rope_parameters", {"rope_type": "default"}, "map of maps"),
         ("llama", "num_hidden_layers", 0, "at least 1"),
+        ("gemma", "hidden_act", "silu", "gelu_pytorch_tanh"),
+        ("gemma2", "attn_logit_softcapping", None, "is missing"),
+        ("gemma3_text", "attn_logit_softcapping", 50.0, "None"),
+        ("gemma3_text", "query_pre_attn_scalar", 12.5, "positive integer"),
+        ("gemma3_text", "use_bidirectional_attention", True, "False"),
+        ("gemma3_text", "rope_parameters", {"rope_type": "default"}, "map of maps"),
+        (
+            "gemma3_text",
+            "rope_parameters",
+            {SLIDING: {"rope_type": "linear", "factor": 2.0}},
+            "sliding_attention",
+        ),
     ],
 )
 def test_keys_that_are_not_understood(kind: str, key: str, value: Any, hint: str, saved: Saved) -> None:

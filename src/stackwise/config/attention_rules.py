@@ -94,6 +94,15 @@ def linear_mode_has_no_single_scores(config: StackWiseConfig) -> Problem | None:
     return _problem(config, "kernel_mode", message, "score, exact", f"or leave out {names}")
 
 
+@rule(*WRITTEN, "model.score_width")
+def score_width_is_of_plain_scores(config: StackWiseConfig) -> Problem | None:
+    width = config.model.score_width
+    if width is None or not (has_kernel(config) or has_latent(config)):
+        return None
+    what = "latent attention scales its scores" if has_latent(config) else "a kernel scales what it compares"
+    return Problem("model.score_width", f"has no place: {what} by itself", width, "null")
+
+
 def has_kernel(config: StackWiseConfig) -> bool:
     """Whether the attention is not that of plain products in a softmax."""
     fields = _fields(config)

@@ -36,6 +36,7 @@ BLOCK_RULES: tuple[Check, ...] = (
     attention_rules.latents_are_normalised_in_place_of_heads,
     attention_rules.linear_mode_has_positive_features,
     attention_rules.linear_mode_has_no_single_scores,
+    attention_rules.score_width_is_of_plain_scores,
 )
 """What holds for the model's blocks and for those of every unlike stack."""
 

@@ -28,7 +28,7 @@ from stackwise.model.cache import KeyValueCache, RackCache
 from stackwise.model.embedding import Embedding, WidthMLP
 from stackwise.model.feed_forward import FeedForward, GatedFeedForward
 from stackwise.model.linear import Linear
-from stackwise.model.norms import LayerNorm, RMSNorm
+from stackwise.model.norms import LayerNorm, OffsetRMSNorm, RMSNorm
 from stackwise.model.own_io import Head
 from stackwise.model.positions import LearnedPositions, SinusoidalPositions
 from stackwise.model.rack import Rack, Stacks, recompute_block, run_block
@@ -46,6 +46,7 @@ _COVERED: tuple[type[nn.Module], ...] = (
     GatedFeedForward,
     FeedForward,
     RMSNorm,
+    OffsetRMSNorm,
     LayerNorm,
     ShortConv,
     LearnedPositions,
@@ -256,10 +257,10 @@ class _BlockPlan:
         self.rotation = (spec.rope_theta, spec.head_dim, spec.rope_scaling)
         self.heads = (spec.n_heads, spec.n_kv_heads)
         self.kv_rows, self.group = rows * spec.n_kv_heads, spec.n_heads // spec.n_kv_heads
-        scale = spec.head_dim**-0.5  # of the scores, folded into the queries
+        scale = spec.score_scale  # of the scores, folded into the queries
         self.qk_norm: Normalise | None = None
         if attn.q_norm is not None and attn.k_norm is not None:
-            gains = [attn.q_norm.weight * scale] * spec.n_heads + [attn.k_norm.weight] * spec.n_kv_heads
+            gains = [attn.q_norm.gain * scale] * spec.n_heads + [attn.k_norm.gain] * spec.n_kv_heads
             self.qk_gain = torch.stack(gains) * math.sqrt(spec.head_dim)
             self.qk_norm, scale = _normaliser(attn.q_norm), 1.0
         qkv = [_layer(attn.q, scale), _layer(attn.k), _layer(attn.v)]
@@ -312,7 +313,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
     assert isinstance(norm, RMSNorm | LayerNorm)
     if isinstance(norm, LayerNorm):
         return norm.weight, norm.bias
-    return norm.weight * math.sqrt(norm.weight.numel()), None
+    return norm.gain * math.sqrt(norm.weight.numel()), None
 
 
 def _layer(linear: nn.Linear, factor: float = 1.0) -> Layer:

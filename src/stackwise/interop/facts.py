@@ -17,6 +17,7 @@ def facts_of(spec: RackSpec) -> dict[str, Any]:
         **_plain(spec),
         **_plain(block),
         "head_dim": block.head_dim,
+        "attention_softcap": block.softcap,
         "tie_embeddings": spec.tied,
         "n_layers": len(spec.blocks),
     }
@@ -46,14 +47,28 @@ def differences(spec: RackSpec, other: RackSpec) -> list[str]:
     found: dict[str, str] = {}
     for name in mine:
         if name != "blocks" and mine[name] != theirs[name]:
-            found[name] = f"{name} is {mine[name]}, not {theirs[name]}"
+            found |= _told(name, "", mine[name], theirs[name])
     for number, (block, wanted) in enumerate(zip(mine["blocks"], theirs["blocks"], strict=True)):
         for name in block:
             if block[name] != wanted[name]:
-                found.setdefault(
-                    f"block {name}", f"{name} of block {number} is {block[name]}, not {wanted[name]}"
-                )
+                told = _told(name, f" of block {number}", block[name], wanted[name])
+                found |= {key: text for key, text in told.items() if key not in found}
     return list(found.values())
+
+
+def _told(name: str, where: str, mine: Any, theirs: Any) -> dict[str, str]:
+    """A difference in words by what it is about; of parts in parts the single fields, or which of the two has the part."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return {
+            f"{name}.{key} {bool(where)}": f"{name}.{key}{where} is {mine[key]}, not {theirs[key]}"
+            for key in mine
+            if mine[key] != theirs[key]
+        }
+    one, other = (
+        "there" if isinstance(value, dict) else "missing" if isinstance(against, dict) else value
+        for value, against in ((mine, theirs), (theirs, mine))
+    )
+    return {f"{name} {bool(where)}": f"{name}{where} is {one}, not {other}"}
 
 
 def _computed(spec: RackSpec) -> dict[str, Any]:
@@ -66,6 +81,7 @@ def _computed(spec: RackSpec) -> dict[str, Any]:
             freeze_up_proj=False,
             head_width=block.head_dim,
             experts=_chosen(block.experts, block.d_ff),
+            score_width=None if block.score_width == block.head_dim else block.score_width,
             attention_bias="all" if block.out_bias else "qkv" if block.qkv_bias else "none",
         )
         for block in spec.blocks

@@ -20,7 +20,7 @@ from stackwise.interop.card import write_card
 from stackwise.interop.errors import InterchangeError
 from stackwise.interop.facts import differences, facts_of
 from stackwise.interop.families import families
-from stackwise.interop.family import Family
+from stackwise.interop.family import REQUIRED, Family
 from stackwise.interop.folder import CONFIG, GENERATION
 from stackwise.interop.hf_import import stackwise_config
 from stackwise.interop.own import MODEL_TYPE, PREFIX, own_config
@@ -40,6 +40,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 ADAPTERS = "adapters"
+SHOWN = 4
+"""Differences that a message tells at most."""
 SHARD = 5_000_000_000
 """Bytes of a file at most."""
 
@@ -69,30 +71,35 @@ def family_for(spec: RackSpec, wanted: str = "auto") -> tuple[Family | None, dic
     if wanted == MODEL_TYPE:
         return None, {}, "asked for"
     reasons: dict[str, list[str]] = {}
+    configs: dict[str, dict[str, Any]] = {}
     for name, family in known.items():
         if wanted in ("auto", name):
-            config, reasons[name] = _as_family(family, spec)
+            configs[name], reasons[name] = _as_family(family, spec)
             if not reasons[name]:
-                return family, config, ""
-    nearest = min(reasons, key=lambda name: len(reasons[name]))
-    return None, {}, f"it is no {nearest}: {'; '.join(reasons[nearest][:4])}"
+                return family, configs[name], ""
+    # one that no config.json describes was not compared as a whole, so it comes after all others
+    nearest = min(reasons, key=lambda name: (not configs[name], len(reasons[name])))
+    more = len(reasons[nearest]) - SHOWN
+    rest = f"; and {more} more" if more > 0 else ""
+    return None, {}, f"it is no {nearest}: {'; '.join(reasons[nearest][:SHOWN])}{rest}"
 
 
 def _as_family(family: Family, spec: RackSpec) -> tuple[dict[str, Any], list[str]]:
-    """The config.json that describes the rack best, and in what the model that it describes differs from the rack."""
+    """The config.json that describes the rack best, and in what the model that it describes differs from the rack.
+
+    Where the rack has no part that a key is about (experts, a latent), the family's default or 1 stands in, so that the
+    rest can be compared. Without a config.json there is no such model.
+    """
     facts = facts_of(spec)
-    lacking = [key.ours for key in family.keys if key.ours not in facts]
-    if lacking or spec.time is not None:
-        return {}, [
-            *(f"{name} is not there" for name in lacking),
-            *(["it is told the time"] if spec.time else []),
-        ]
-    config = family.config_of(spec, facts)
+    lacking = [key for key in family.keys if key.ours not in facts]
+    stand_ins = {key.ours: 1 if key.default is REQUIRED else key.default for key in lacking}
+    found = [f"{key.ours} is not there" for key in lacking]
     try:
+        config = family.config_of(spec, facts | stand_ins)
         read = rack_spec(stackwise_config(family, config))
     except ConfigError as error:
-        return config, [str(problem) for problem in error.problems]
-    return config, differences(spec, read)
+        return {}, found + [str(problem) for problem in error.problems]
+    return config, found + differences(spec, read)
 
 
 def write_model(

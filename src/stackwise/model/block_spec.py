@@ -30,7 +30,7 @@ class BlockSpec:
 
     `head_width` 0: `d_model` / `n_heads`. `attention_bias` (none, qkv, all): which linears of attention have a bias;
     empty: all or none, as `bias` says. With a `window` W a token sees those less than W away, and the first `sinks`.
-    `softcap` c bends scores to c tanh(score / c). `parallel`: attention and feed-forward read the same norm.
+    `softcap` c bends scores to c tanh(score / c); they are q k / sqrt(`score_width`), null: the head's width. `parallel`: attention and feed-forward read the same norm.
     `attn_input_norm` false: attention reads the residual stream as it is.
     """
 
@@ -64,6 +64,7 @@ class BlockSpec:
     experts: ExpertSpec | None = None
     latent: LatentSpec | None = None
     kernel: KernelSpec | None = None
+    score_width: float | None = None
 
     def __post_init__(self) -> None:
         if self.n_kv_heads == 0:
@@ -142,6 +143,13 @@ class BlockSpec:
                 for name, value in given.items()
                 if value
             ]
+        if self.score_width is not None:
+            if not self.score_width > 0:
+                found.append(f"score_width must be above 0, got {self.score_width}")
+            if self.latent is not None or self.kernel is not None:
+                found.append(
+                    "score_width scales plain scores; latent attention and kernels scale theirs themselves"
+                )
         if self.latent is not None:
             if self.qk_norm:
                 found.append(
@@ -178,6 +186,11 @@ class BlockSpec:
     @property
     def head_dim(self) -> int:
         return self.head_width or self.d_model // self.n_heads
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys in plain attention."""
+        return float((self.score_width or self.head_dim) ** -0.5)
 
     @property
     def query_width(self) -> int:

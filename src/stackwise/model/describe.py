@@ -112,6 +112,7 @@ def block_spec(model: ModelSettings, layer: int | None = None) -> BlockSpec:
         sinks=model.attention_sinks if windowed else 0,
         alibi=model.positions == "alibi",
         softcap=model.attention_softcap,
+        score_width=model.score_width,
         parallel=model.parallel_layers,
         attn_input_norm=model.first_norm or layer != 0,
         experts=expert_spec(model, layer),

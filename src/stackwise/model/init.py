@@ -12,7 +12,7 @@
 | table of times                           | N(0, 1)                                           |
 | what of the time is added to embeddings  | as large as they are: N(0, 1 / (fan_in * d_model))|
 | scales and shifts of the time            | 0: the model without it                           |
-| norm weights; biases                     | 1; 0                                              |
+| norm weights; biases                     | 1, or 0 where the norm adds 1; 0                  |
 | random features of kernels (buffers)     | see `attention.kernel`; factors on scores 1       |
 
 * with `zero_init_outputs`.
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.attention.kernel import Kernel
+from stackwise.model.norms import OffsetRMSNorm
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import SpectralLinear
 
@@ -87,7 +88,15 @@ def init_weights(module: nn.Module, start: Start, *, prefix: str = "", zero_outp
         for path, child in module.named_modules()
         if getattr(getattr(child, "spec", None), "zero_init_outputs", False)
     ]
+    from_one = {
+        f"{path}.weight".removeprefix(".")
+        for path, child in module.named_modules()
+        if isinstance(child, OffsetRMSNorm)
+    }
     for name, parameter in module.named_parameters():
+        if name in from_one:
+            nn.init.zeros_(parameter)
+            continue
         if parameter.is_meta:
             continue  # a rack that is only counted holds no numbers
         zero = zero_outputs or any(name.startswith(path) for path in zeroed)

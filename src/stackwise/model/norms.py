@@ -19,8 +19,35 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
+    @property
+    def gain(self) -> Tensor:
+        """What each column is multiplied by: [width]."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.gain, self.eps)
+
+
+@NORM_LAYERS.register("rmsnorm_offset")
+class OffsetRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight) over the last dimension, the weight starting at 0 (Gemma, arXiv 2403.08295).
+
+    Narrow formats are finest around 0, so a weight near 1 is kept more exactly this way.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, bias: bool = False) -> None:
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    @property
+    def gain(self) -> Tensor:
+        # widened first: 1 + weight in bf16 would lose what the weight is kept for
+        return 1.0 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+
+def rms_norm_like(norm: str) -> type[RMSNorm]:
+    """The norm of heads and latents in a model whose residual stream has the norm `norm`; never a LayerNorm."""
+    return OffsetRMSNorm if norm == "rmsnorm_offset" else RMSNorm
 
 
 @NORM_LAYERS.register("layernorm")

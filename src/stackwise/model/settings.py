@@ -23,11 +23,12 @@ from stackwise.model.position_settings import RopeScalingSettings
 from stackwise.model.rope_scaling import RopeScaling
 
 # The names a key accepts. They are open: `model/` adds a name here when a part is registered.
-NORMS = ["rmsnorm", "layernorm"]
+NORMS = ["rmsnorm", "rmsnorm_offset", "layernorm"]
 POSITIONS = ["rope", "learned", "sinusoidal", "alibi", "none"]
 FFN_TYPES = {
     "swiglu": True,
     "geglu": True,
+    "geglu_tanh": True,
     "gelu": False,
     "gelu_tanh": False,
     "silu": False,
@@ -138,6 +139,8 @@ class ModelSettings(Settings):
     """Single fields changed in the chosen preset."""
     qk_norm: Flag = False
     """Normalise queries and keys per head before their product, which keeps large learning rates stable."""
+    score_width: PositiveFloat | None = None
+    """Attention scores are divided by the square root of this number (`query_pre_attn_scalar` of Gemma). null: the width of a head."""
     attention_softcap: PositiveFloat | None = None
     """Bend attention scores into c tanh(score / c), so that none passes c; all scores are then held in memory. null: no bound."""
     sliding_window: PositiveInt | None = None
@@ -153,13 +156,13 @@ class ModelSettings(Settings):
     first_norm: Flag = True
     """Normalise what the attention of the first block reads; false where the embedding is normalised already (ModernBERT)."""
     norm: Annotated[str, OneOf(NORMS)] = "rmsnorm"
-    """Normalisation of the residual stream."""
+    """Normalisation of the residual stream; rmsnorm_offset multiplies by 1 + weight (Gemma), also in the norms of heads and latents."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
     """Normalise the input of each sub-layer (pre), the sum after it (post), or its input and its output (both)."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance inside the norms."""
     ffn_type: Annotated[str, OneOf(FFN_TYPES)] = "swiglu"
-    """Feed-forward: gated (swiglu, geglu) or an activation between two linears."""
+    """Feed-forward: gated (swiglu, geglu, geglu_tanh) or an activation between two linears."""
     moe: MoeSettings = Field(default_factory=MoeSettings)
     """Mixtures of experts in the place of feed-forwards."""
     bias: Flag = False

@@ -20,6 +20,9 @@ MODULES = (
     "mixtral",
     "deepseek_v2",
     "deepseek_v3",
+    "gemma",
+    "gemma2",
+    "gemma3",
 )
 """In the order in which a rack is compared with them for export."""
 

@@ -112,9 +112,9 @@ def read_rope(config: dict[str, Any], settings: Settings, problems: list[Problem
         settings["max_seq_len"] = round(length * factor)
 
 
-def write_rope(spec: RackSpec) -> dict[str, Any]:
-    """The older form, which every version of Transformers reads."""
-    block = spec.blocks[0]
+def write_rope(spec: RackSpec, block: BlockSpec | None = None) -> dict[str, Any]:
+    """The older form, which every version of Transformers reads; null: as the first block has it."""
+    block = block or spec.blocks[0]
     scaling = block.rope_scaling
     written: dict[str, Any] = {"rope_theta": block.rope_theta, "rope_scaling": None}
     if scaling is None:

@@ -5,6 +5,7 @@ Shape letters: B batch, T new tokens, S seen tokens, D model width, N heads, H h
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache, KeyValueCache
 from stackwise.model.linear import Linear
-from stackwise.model.norms import RMSNorm
+from stackwise.model.norms import rms_norm_like
 from stackwise.model.registry import ATTENTIONS
 
 if TYPE_CHECKING:
@@ -39,11 +40,15 @@ class Attention(nn.Module):
         self.k = Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
         self.v = Linear(spec.d_model, kv_width, bias=spec.qkv_bias)
         self.o = Linear(spec.query_width, spec.d_model, bias=spec.out_bias)
-        self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        make_norm = rms_norm_like(spec.norm)
+        self.q_norm = make_norm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = make_norm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.kernel = Kernel(spec) if spec.kernel is not None else None
         self.n_kv_heads, self.head_dim, self.causal = spec.n_kv_heads, spec.head_dim, spec.causal
         self.sight, self.window, self.sinks, self.softcap = spec.sight, spec.window, spec.sinks, spec.softcap
+        # the kernels divide by sqrt(H)
+        own = spec.score_width not in (None, spec.head_dim)
+        self.stretch = math.sqrt(spec.head_dim) * spec.score_scale if own else 1.0
         self.rotary, self.dropout = Rotary.of(spec, spec.head_dim), spec.dropout
 
     def forward(self, x_BTD: Tensor, context: Context, cache: BlockCache | None = None) -> Tensor:
@@ -64,6 +69,8 @@ class Attention(nn.Module):
         if cache is not None:
             assert isinstance(cache, KeyValueCache)
             k, v = cache.update(k, v)
+        if self.stretch != 1.0:
+            q = q * self.stretch
         dropout = self.dropout if self.training else 0.0
         mask = context.visibility.mask(*self.sight, dtype=q.dtype)
         out = attend(q, k, v, mask, dropout, self.softcap)

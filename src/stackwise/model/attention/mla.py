@@ -34,7 +34,7 @@ from stackwise.model.attention.rotary import Rotary
 from stackwise.model.block_spec import BlockSpec
 from stackwise.model.cache import BlockCache, LatentCache
 from stackwise.model.linear import Linear, matrix_of
-from stackwise.model.norms import RMSNorm
+from stackwise.model.norms import rms_norm_like
 from stackwise.model.registry import ATTENTIONS
 from stackwise.model.visibility import Mask
 
@@ -55,16 +55,17 @@ class LatentAttention(nn.Module):
         assert latent is not None
         self.latent, self.n_heads, self.n_kv_heads = latent, spec.n_heads, spec.n_kv_heads
         self.nope, self.value = spec.query_key_width - latent.rope_dim, spec.value_width
+        make_norm = rms_norm_like(spec.norm)
         query = spec.n_heads * (self.nope + latent.rope_dim)
         self.q = self.q_down = self.q_norm = self.q_up = None
         if latent.q_rank:
             self.q_down = Linear(spec.d_model, latent.q_rank, bias=spec.qkv_bias)
-            self.q_norm = RMSNorm(latent.q_rank, spec.norm_eps)
+            self.q_norm = make_norm(latent.q_rank, spec.norm_eps)
             self.q_up = Linear(latent.q_rank, query, bias=False)
         else:
             self.q = Linear(spec.d_model, query, bias=spec.qkv_bias)
         self.kv_down = Linear(spec.d_model, latent.cached, bias=spec.qkv_bias)
-        self.kv_norm = RMSNorm(latent.kv_rank, spec.norm_eps)
+        self.kv_norm = make_norm(latent.kv_rank, spec.norm_eps)
         self.kv_up = Linear(latent.kv_rank, spec.n_kv_heads * (self.nope + self.value), bias=False)
         self.o = Linear(spec.n_heads * self.value, spec.d_model, bias=spec.out_bias)
         self.scale = latent.scale * (self.nope + latent.rope_dim) ** -0.5
