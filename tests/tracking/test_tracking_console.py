@@ -11,6 +11,7 @@ from rich.console import Console
 from stackwise.tracking import units
 from stackwise.tracking.console import ConsoleProgress
 from stackwise.tracking.display import Display, sparkline
+from stackwise.tracking.events import FIELDS
 from stackwise.tracking.progress import Progress
 
 
@@ -22,6 +23,17 @@ def show(events, *, width=100, terminal=False):
         sink.emit(event)
     sink.close()
     return file.getvalue()
+
+
+def test_every_kind_of_event_is_shown():
+    sink = ConsoleProgress(Console(file=io.StringIO()))
+    assert [kind for kind in FIELDS if not callable(getattr(sink, f"_on_{kind}", None))] == []
+
+
+def test_the_load_of_experts_is_a_line_of_its_own():
+    event = {"event": "experts", "step": 3, "stage": 0, "max_load": 1.5, "min_load": 0.25, "loss": 0.0123}
+    assert show([event]) == "  experts busiest 1.50, idlest 0.25 times the mean  balancing 0.0123\n"
+    assert show([event], terminal=True) == ""
 
 
 def test_outside_a_terminal_there_is_one_plain_line_per_log(run_events):

@@ -109,6 +109,12 @@ class ConsoleProgress:
         ]
         self._print(("  ".join(parts), ""))
 
+    def _on_experts(self, event: Mapping[str, Any]) -> None:
+        if self.live:
+            return
+        load = f"busiest {event['max_load']:.2f}, idlest {event['min_load']:.2f} times the mean"
+        self._print((f"  experts {load}  balancing {event['loss']:.4f}", "dim"))
+
     def _on_eval(self, event: Mapping[str, Any]) -> None:
         when, before = event["when"], self._before
         self._before = None if when == "after_growth" else event
