@@ -233,7 +233,7 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
             decoding.plot(LENGTHS, spent, "o-", color=colours[place], label=record["name"])
         for axes in (loss, cache):
             axes.set_yticks(range(len(names)), names if axes is loss else [""] * len(names))
-            axes.invert_yaxis()
+            axes.set_ylim(len(names) - 0.5, -0.5)
             axes.grid(axis="x", color="#e5e7eb")
             axes.set_axisbelow(True)
         loss.set_xlabel("loss, nats per character (ticks: seeds)")
