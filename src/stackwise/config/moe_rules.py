@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stackwise.config.errors import Problem
-from stackwise.config.rules import copies_stacks, program_of, rule, stacks_at_the_end
+from stackwise.config.rules import copies_stacks, divisors, program_of, rule, stacks_at_the_end
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
+    from stackwise.model.moe_settings import MoeSettings
 
 
 @rule("model.moe.n_experts", "model.moe.top_k", "model.moe.groups", "model.moe.top_groups")
@@ -28,8 +29,7 @@ def experts_can_be_chosen(config: StackWiseConfig) -> Problem | None:
             hint,
         )
     if n % groups:
-        allowed = ", ".join(str(g) for g in range(1, n + 1) if n % g == 0)
-        return Problem("model.moe.groups", f"must divide model.moe.n_experts {n}", groups, allowed)
+        return Problem("model.moe.groups", f"must divide model.moe.n_experts {n}", groups, divisors(n))
     if moe.top_groups > groups:
         message = f"exceeds model.moe.groups {groups}"
         return Problem("model.moe.top_groups", message, moe.top_groups, f"whole number from 1 to {groups}")
@@ -51,6 +51,12 @@ def _sizes(config: StackWiseConfig) -> list[int]:
     return [stack.n_blocks or each for stack in config.model.stacks or ()] or [each] * count
 
 
+def _next_with_experts(moe: MoeSettings, layer: int) -> int:
+    """The first layer with experts from `layer` on."""
+    first = moe.first_dense + moe.every - 1
+    return max(first, first + -(-(layer - first) // moe.every) * moe.every)
+
+
 @rule(
     "model.moe.every",
     "model.moe.first_dense",
@@ -61,7 +67,7 @@ def _sizes(config: StackWiseConfig) -> list[int]:
 )
 def some_layer_has_experts(config: StackWiseConfig) -> Problem | None:
     moe, layers = config.model.moe, sum(_sizes(config))
-    if not moe.n_experts or any(moe.at(layer) for layer in range(layers)):
+    if not moe.n_experts or _next_with_experts(moe, 0) < layers:
         return None
     key = "first_dense" if moe.first_dense >= layers else "every"
     message = f"leaves none of the {layers} layers with experts"
@@ -88,7 +94,7 @@ def copies_have_experts_where_their_source_has(config: StackWiseConfig) -> Probl
         return None
     kinds, first = set(), 0
     for size in _sizes(config):
-        kinds.add(tuple(moe.at(first + i) for i in range(size)))
+        kinds.add((size, min(size, _next_with_experts(moe, first) - first)))  # from there on, every so many
         first += size
     if len(kinds) == 1:
         return None

@@ -112,14 +112,21 @@ class StackWiseConfig(Settings):
         problems, wrong = _shape_problems(cls, document)
         # The rules run on what has the right shape, so that one report holds everything.
         for path in wrong:
-            section = value_at(document.data, path[:-1])
-            if isinstance(section, dict):
-                section.pop(path[-1], None)
+            _drop(document.data, path)
+        while incomplete := _shape_problems(cls, document)[1]:  # sections that lack a key they cannot be without
+            for path in incomplete:
+                _drop(document.data, path[:-1])
         config = cls.model_validate(document.data)
         problems = document.problems + problems + broken_rules(config, document.sources, wrong)
         if problems:
             raise ConfigError(problems)
         return config
+
+
+def _drop(data: dict[str, Any], path: Path) -> None:
+    section = value_at(data, path[:-1])
+    if isinstance(section, dict):
+        section.pop(path[-1], None)
 
 
 def _shape_problems(cls: type[Settings], document: Document) -> tuple[list[Problem], set[Path]]:

@@ -105,7 +105,7 @@ def heads_divide_the_width(config: StackWiseConfig) -> Problem | None:
         "model.n_heads",
         f"must divide model.d_model {model.d_model}",
         model.n_heads,
-        _divisors(model.d_model),
+        divisors(model.d_model),
         "or set model.head_dim",
     )
 
@@ -140,7 +140,7 @@ def kv_heads_divide_the_heads(config: StackWiseConfig) -> Problem | None:
         "model.n_kv_heads",
         f"must divide model.n_heads {model.n_heads}",
         model.n_kv_heads,
-        _divisors(model.n_heads),
+        divisors(model.n_heads),
     )
 
 
@@ -278,7 +278,7 @@ def _custom_without_fields(config: StackWiseConfig) -> bool:
     return config.model.attention_preset == "custom" and not (custom and custom.model_dump(exclude_none=True))
 
 
-def _divisors(number: int) -> str:
-    """The divisors up to 256; more heads than that are nobody's wish."""
+def divisors(number: int) -> str:
+    """The divisors up to 256; more parts than that are nobody's wish."""
     found = [d for d in range(1, min(number, 256) + 1) if number % d == 0]
     return ", ".join(map(str, found))
