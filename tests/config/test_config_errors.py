@@ -125,7 +125,10 @@ WRONG = [
         "model: {ffn_type: swilgu}",
         ["model.ffn_type: not a known name, got 'swilgu'", "relu2", "did you mean 'swiglu'?"],
     ),
-    ("model: {norm: batchnorm}", ["model.norm: not a known name", "allowed: rmsnorm, rmsnorm_offset, layernorm"]),
+    (
+        "model: {norm: batchnorm}",
+        ["model.norm: not a known name", "allowed: rmsnorm, rmsnorm_offset, layernorm"],
+    ),
     ("model: {pos_encoding: alby}", ["model.pos_encoding", "rope, learned, sinusoidal, alibi, none, null"]),
     ("model: {rope_scaling: {factor: 2.0}}", ["model.rope_scaling.type: missing"]),
     ("model: {rope_scaling: {type: null, factor: 2.0}}", ["model.rope_scaling.type: wrong value, got null"]),

@@ -113,7 +113,9 @@ class StackWiseConfig(Settings):
         # The rules run on what has the right shape, so that one report holds everything.
         for path in wrong:
             _drop(document.data, path)
-        while incomplete := _shape_problems(cls, document)[1]:  # sections that lack a key they cannot be without
+        while incomplete := _shape_problems(cls, document)[
+            1
+        ]:  # sections that lack a key they cannot be without
             for path in incomplete:
                 _drop(document.data, path[:-1])
         config = cls.model_validate(document.data)
