@@ -62,6 +62,7 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
         "model.embedding_width",
         "model.head_rank",
         "model.logit_softcap",
+        "model.score_width",
         "model.residual_gain",
         "objective.corruption",
         "objective.mask_token_id",

@@ -20,6 +20,9 @@ import pytest
 
 from stackwise import StackWiseConfig
 from stackwise.cli.main import main
+from stackwise.data.tokenizers import open_tokenizer
+from stackwise.interop.hf_export import write_model
+from stackwise.model.factory import create_simple_rack
 from stackwise.model.registry import FEED_FORWARDS
 from stackwise.model.settings import FFN_TYPES
 
@@ -43,6 +46,30 @@ SMALL = [
 ]
 
 
+# Folders of the Hugging Face format that pages read, in the shape that SMALL asks for.
+LLAMA = {"rope": True, "norm": "rmsnorm", "ffn_type": "swiglu", "bias": False}
+GPT2 = {"rope": False, "norm": "layernorm", "ffn_type": "gelu_tanh", "bias": True}
+MODEL_FOLDERS = {"openai-community/gpt2": GPT2, "gpt2-folder": GPT2, "Llama-3.2-1B": LLAMA}
+
+
+def write_model_folder(folder: Path, rope: bool, **block: Any) -> None:
+    """A random model of four blocks with a tokenizer of bytes."""
+    tokenizer = open_tokenizer("byte")
+    rack = create_simple_rack(
+        1,
+        4,
+        16,
+        64,
+        2,
+        tokenizer.vocab_size,
+        attention_preset="gpt_style",
+        use_rope=rope,
+        max_seq_len=64,
+        **block,
+    )
+    write_model(rack, tokenizer, folder)
+
+
 class Block(NamedTuple):
     """A fenced block: its language, its text, and the line it starts on."""
 
@@ -63,6 +90,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notes").mkdir()
     for name in ("my.txt", "notes/a.txt", "notes/b.txt"):
         (tmp_path / name).write_text(TEXT)
+    for name, shape in MODEL_FOLDERS.items():
+        write_model_folder(tmp_path / name, **shape)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.fsync", lambda fd: None)  # that files reach the disk is tested elsewhere
     return tmp_path

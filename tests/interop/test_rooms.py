@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stackwise
-from stackwise.interop.families import MODULES, families
+from stackwise.interop.families import families
 from stackwise.interop.family import ABSENT, COMMON
 from stackwise.interop.hf_import import read_model
 
@@ -46,7 +46,7 @@ def test_reading_and_writing_need_no_transformers(saved, tmp_path: Path) -> None
     assert done.stdout == "llama\n", done.stderr
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", families())
 def test_no_key_is_both_read_and_passed_over(name: str) -> None:
     family = families()[name]
     read = {key.theirs for key in family.keys}
@@ -55,7 +55,7 @@ def test_no_key_is_both_read_and_passed_over(name: str) -> None:
     assert not family.ignored & family.fixed.keys()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", families())
 def test_the_table_names_every_tensor_once(name: str, saved) -> None:
     read = read_model(saved(name)[1], stacks=2)
     rows = read.family.rows(read.rack.spec)

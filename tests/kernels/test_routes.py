@@ -89,7 +89,7 @@ def everything_through_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
         seen.append((*a.shape, b.shape[0]))
         return multiply(a, b, *rest)
 
-    monkeypatch.setattr(products, "WORTH_IT", 0)
+    monkeypatch.setattr(products, "_worth_it", 0)
     monkeypatch.setattr(products, "_onednn", lambda: counted)
     return seen
 

@@ -58,7 +58,7 @@ def test_the_list_holds_the_figures_of_each_run(tmp_path, make_run, run_events):
     events = run_events(run_id="whole")
     make_run(tmp_path / "b", events)
     make_run(
-        tmp_path / "a", [{**event, "time": event["time"] + 1e6} for event in run_events(run_id="half")[:12]]
+        tmp_path / "a", [{**event, "time": event["time"] + 1e6} for event in run_events(run_id="half")[:13]]
     )
     (tmp_path / "not_a_run").mkdir()
     (tmp_path / ".data").mkdir()
