@@ -74,6 +74,14 @@ BROKEN = [
         "dynamic needs at least 4 rotated numbers per head, got 2",
     ),
     ("model: {rope_scaling: {type: yarn}}", "model.rope_scaling", "set model.rope_scaling.factor"),
+    *(
+        (
+            f"model: {{rope_scaling: {{type: linear, factor: {factor}}}}}",
+            "model.rope_scaling.factor",
+            "allowed: 1 to model.max_seq_len 2048",
+        )
+        for factor in ("5.0e-324", "0.5", "1.0e+300")
+    ),
     (
         "model: {rope_scaling: {type: yarn, original_max_seq_len: 4096}}",
         "model.rope_scaling.original_max_seq_len",

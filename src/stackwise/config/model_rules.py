@@ -38,6 +38,10 @@ def rope_scaling_fits(config: StackWiseConfig) -> Problem | None:
         message = f"exceeds model.max_seq_len {config.model.max_seq_len}, the longest row"
         hint = "set model.max_seq_len to the length to reach"
         return Problem(f"{SCALING}.original_max_seq_len", message, trained, hint=hint)
+    longest = config.model.max_seq_len
+    if keys.factor is not None and not 1 <= keys.factor <= longest:
+        message = "stretches from less than a token, or shrinks"
+        return Problem(f"{SCALING}.factor", message, keys.factor, f"1 to model.max_seq_len {longest}")
     try:
         scaling = config.model.scaled_rope
     except ValueError as error:
