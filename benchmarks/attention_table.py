@@ -40,7 +40,8 @@ from stackwise.model.describe import block_spec, rack_spec
 from stackwise.model.rack import Rack
 from stackwise.objectives.build import objective_of
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- generated: attention-table -->", "<!-- end of attention-table -->"

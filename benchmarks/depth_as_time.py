@@ -55,7 +55,8 @@ from stackwise.objectives.denoiser import Denoiser, denoiser_of
 from stackwise.objectives.diffusion import Diffusion
 from stackwise.objectives.intervals import Intervals
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = 3

@@ -56,7 +56,8 @@ from stackwise.objectives.base import IGNORE, Example
 from stackwise.objectives.build import objective_of
 from stackwise.objectives.denoiser import Denoiser, denoiser_of
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 
 CHUNK = 50
 RECORD = Path(__file__).parent / "records" / "diffusion.json"

@@ -26,7 +26,8 @@ from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.causal import CausalLM
 from stackwise.training.device import computing_in, keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 
 VERSION = 1
 """Part of every record's key: raise it when records of before can no longer stand beside new ones."""

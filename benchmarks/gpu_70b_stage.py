@@ -45,7 +45,8 @@ from stackwise.planning.report import StagePlan
 from stackwise.precision.frozen_linear import FrozenLinear
 from stackwise.tracking.units import count, flops, rate, size
 from stackwise.training.device import DTYPES, run_format
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 
 RECIPE = Path(__file__).parents[1] / "recipes/llama-70b-h200.yaml"
 NEEDED = 140 * 10**9

@@ -43,7 +43,8 @@ from stackwise.data.prepare import prepare
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 from stackwise.training.device import pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 from stackwise.training.validate import validate
 
 CHUNK = 50

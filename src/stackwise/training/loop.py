@@ -3,19 +3,16 @@
 for stage in stages:
     grow, derive the split, build the optimizer          _begin
     for step in stage.steps:
-        batches -> loss -> gradients -> step             _train_step
+        batches -> loss -> gradients -> step             Stepping._train_step
         log, save, evaluate, sample                      _after_step
     save, evaluate, record                               _finish
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,55 +22,24 @@ from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.assemble import realise
 from stackwise.curriculum.specs import stage_spec, stage_specs
 from stackwise.curriculum.stage import Stage
-from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack
-from stackwise.objectives.base import Example, Objective
+from stackwise.objectives.base import Objective
 from stackwise.objectives.build import objective_of
 from stackwise.training import records
-from stackwise.training.balance import Balance
-from stackwise.training.consistency import Aim, consistency_of, distance
-from stackwise.training.counting import StepBytes
-from stackwise.training.device import computing_in, run_format
-from stackwise.training.errors import Interrupted, NumericError
+from stackwise.training.consistency import consistency_of
+from stackwise.training.device import run_format
+from stackwise.training.errors import Interrupted
+from stackwise.training.hooks import Hooks, Loader
 from stackwise.training.interrupt import InterruptGuard
 from stackwise.training.optim import Optimizers, OptimizerState, carried
 from stackwise.training.parked import resting
 from stackwise.training.progress import Progress
-from stackwise.training.schedule import stage_factor
 from stackwise.training.stage_setup import StageSetup, set_up, shared_samples
+from stackwise.training.stepping import Stepping
 from stackwise.trunk.manager import MemoryManager
 
-Event = dict[str, Any]
 
-
-class Loader(Protocol):
-    """An endless stream of batches whose position can be saved.
-
-    `seek` goes to the batch after `batches` ones from the start; `reshape` changes rows and batches, null to the usual.
-    """
-
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
-    def seek(self, batches: int) -> None: ...
-    def reshape(self, seq_len: int | None, batch_size: int | None) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Hooks:
-    """What the loop calls out to. Each may be left as it is.
-
-    emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
-    where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
-    """
-
-    emit: Callable[[Event], None] = lambda event: None
-    evaluate: Callable[..., dict[str, Any]] | None = None
-    sample: Callable[[Rack], tuple[str, str]] | None = None
-    save: Callable[[Engine, str | None], dict[str, Any]] | None = None
-
-
-class Engine:
+class Engine(Stepping):
     """Runs stages over a growing rack. After `run`, `rack` is the trained one."""
 
     def __init__(
@@ -241,122 +207,6 @@ class Engine:
         self._announce(stage, [])
         if 0 < self.progress.stage_step < stage.steps:
             self._observe(stage)
-
-    # --- one step ----------------------------------------------------------------------------------------------
-
-    def _train_step(self, stage: Stage) -> None:
-        training, p, optimizers = self.config.training, self.progress, self.optimizers
-        assert optimizers is not None
-        started = time.perf_counter()
-        # What a step draws at random depends on its place in the data, so that stages which restart there repeat.
-        draw = p.step if stage.data_start is None else stage.data_start + p.stage_step
-        self.lr = optimizers.set_factor(stage_factor(stage, p.stage_step, training), draw)
-        self.rack.follow_weights()
-        batches = [next(self._batches) for _ in range(training.gradient_accumulation_steps)]
-        examples = [self.objective.corrupt(batch, stage.noise).to(self.device) for batch in batches]
-        # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
-        weight = torch.stack([self.objective.weight(example) for example in examples]).sum().clamp_min(1)
-        aims = self._aims(batches, weight)
-        self.balance = Balance(self.rack, examples, self.scaler if self.scaling else None)
-        total = torch.zeros((), device=self.device)
-        counted = StepBytes(self.rack) if p.stage_step == 0 else None
-        with nullcontext() if counted is None else counted.counting():
-            for index, example in enumerate(examples):
-                if self._has_dropout:
-                    key = (draw, index)
-                    torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
-                loss = self._loss(example, aims[index] if aims else None) / weight
-                self._read_ahead(stage, batches[index + 1 :])
-                with optimizers.in_backward():
-                    (self.scaler.scale(loss) if self.scaling else loss).backward()
-                total += loss.detach()
-        if self.scaling:
-            for optimizer in optimizers.optimizers:
-                self.scaler.unscale_(optimizer)
-        norm = optimizers.gradient_norm()
-        loss_value, norm_value = torch.stack((total, norm.to(total))).tolist()
-        p.stage_step += 1
-        p.step += 1
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
-            limit = training.max_grad_norm or math.inf
-            if norm_value > limit:
-                optimizers.clip(limit, norm)
-            self._apply(optimizers)
-            self.balance.settle()
-            self._note_loss(loss_value)
-        else:
-            self._not_finite(stage, loss_value, norm_value)
-        if counted is not None:
-            p.bytes = counted.result(optimizers)
-        optimizers.zero_grad()
-        self.grad_norm = norm_value
-        tokens = sum(example.input_ids.numel() for example in examples)
-        self._note_cost(tokens, time.perf_counter() - started)
-
-    def _read_ahead(self, stage: Stage, rest: list[Mapping[str, Tensor]]) -> None:
-        """Begin to read the stored outputs of the next micro-batch, while gradients of this one are computed."""
-        assert self.setup is not None
-        if self.setup.prefix is not None and (rest or self.progress.stage_step + 1 < stage.steps):
-            self.setup.read_ahead(rest[0] if rest else self.loader.upcoming())  # type: ignore[attr-defined]
-
-    def _aims(self, batches: list[Mapping[str, Tensor]], weight: Tensor) -> list[Aim]:
-        """What the output of a prepended stack is held to, by micro-batch; empty where there is no such thing."""
-        held = None if self.setup is None else self.setup.consistency
-        return [] if held is None else held.aims(self.objective, batches, weight, self.device)
-
-    def _loss(self, example: Example, aim: Aim | None = None) -> Tensor:
-        """Summed loss of one micro-batch."""
-        assert self.setup is not None
-        with computing_in(self.dtype, self.device), self.balance.listening():
-            if aim is None:
-                new, hidden = None, self.setup.forward(example)
-            else:
-                new, hidden = self.setup.forward_past(example)
-            loss = self.objective.loss(hidden, self.rack.io.head, example, self._rows_per_chunk)[0]
-            if aim is None or new is None:
-                return loss
-            return loss + aim.factor * distance(self.rack, self.objective, new, aim.lighter)
-
-    def _apply(self, optimizers: Optimizers) -> None:
-        if not self.scaling:
-            optimizers.step()
-            return
-        for optimizer in optimizers.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def _not_finite(self, stage: Stage, loss: float, norm: float) -> None:
-        """Stop or skip; in either case the step changes nothing."""
-        assert self.optimizers is not None
-        p = self.progress
-        self.optimizers.zero_grad()
-        if self.scaling:
-            self.scaler.update()
-        what = f"loss {loss}, gradient norm {norm}"
-        where = f"step {p.step}, stage {p.stage + 1} ({stage.name}), learning rate {self.lr:.3g}"
-        if self.config.training.on_nonfinite == "skip" or self.scaling:
-            p.skipped += 1
-            self.hooks.emit({"event": "note", "message": f"skipped {where}: {what} ({p.skipped} so far)"})
-            return
-        intact = f"The commit of step {self._saved_step} is intact; " if self._saved_step >= 0 else ""
-        raise NumericError(
-            f"not finite at {where}: {what}. {intact}lower training.optimizer.lr, raise "
-            "training.warmup_steps, or set training.on_nonfinite=skip"
-        )
-
-    def _note_loss(self, loss: float) -> None:
-        p = self.progress
-        p.loss_first = loss if p.loss_first is None else p.loss_first
-        p.loss_last = loss
-        p.loss_sum += loss
-        p.loss_count += 1
-
-    def _note_cost(self, tokens: int, seconds: float) -> None:
-        assert self.setup is not None
-        p, flops = self.progress, self.setup.flops_per_token * tokens + self.setup.prefix_flops()
-        p.tokens, p.stage_tokens = p.tokens + tokens, p.stage_tokens + tokens
-        p.flops, p.stage_flops = p.flops + flops, p.stage_flops + flops
-        p.seconds, p.stage_seconds = p.seconds + seconds, p.stage_seconds + seconds
 
     # --- around the steps --------------------------------------------------------------------------------------
 

@@ -41,7 +41,8 @@ from stackwise.tracking.report import build_report
 from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import IncompatibleResumeError, Interrupted
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 from stackwise.training.samples import sample_text
 from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder

@@ -22,7 +22,8 @@ from stackwise.objectives.depth import stack_noise
 from stackwise.tracking.events import Sink, Tracker
 from stackwise.training.cycling import CyclingLoader, as_mapping
 from stackwise.training.device import pick_device, pick_dtype
-from stackwise.training.loop import Engine, Hooks
+from stackwise.training.hooks import Hooks
+from stackwise.training.loop import Engine
 from stackwise.training.validate import validate
 
 

@@ -1,0 +1,43 @@
+"""What the loop needs from outside: a stream of batches, and whom it tells, asks and hands its state to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from stackwise.model.rack import Rack
+
+if TYPE_CHECKING:
+    from stackwise.training.loop import Engine
+
+Event = dict[str, Any]
+
+
+class Loader(Protocol):
+    """An endless stream of batches whose position can be saved.
+
+    `seek` goes to the batch after `batches` ones from the start; `reshape` changes rows and batches, null to the usual.
+    """
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
+    def seek(self, batches: int) -> None: ...
+    def reshape(self, seq_len: int | None, batch_size: int | None) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Hooks:
+    """What the loop calls out to. Each may be left as it is.
+
+    emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
+    where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
+    """
+
+    emit: Callable[[Event], None] = lambda event: None
+    evaluate: Callable[..., dict[str, Any]] | None = None
+    sample: Callable[[Rack], tuple[str, str]] | None = None
+    save: Callable[[Engine, str | None], dict[str, Any]] | None = None
