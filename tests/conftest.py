@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from stackwise.storage import ops
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -69,3 +75,32 @@ def tiny(tmp_path: Path, text_file: Path) -> Callable[..., Any]:
         return StackWiseConfig.from_dict(data)
 
     return make
+
+
+def in_child(action: Callable[[], object], crash_at: str | None = None) -> int:
+    """Run `action` in a forked process; its exit code, negative for a signal, 1 for an exception."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch may have threads
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if crash_at is not None:
+                os.environ[ops.CRASH_VARIABLE] = crash_at
+            action()
+            code = 0
+        except BaseException:  # noqa: BLE001 nothing may unwind into the parent's pytest
+            traceback.print_exc(file=sys.stderr)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def child() -> Callable[..., int]:
+    return in_child
+
+
+@pytest.fixture
+def killed() -> int:
+    return -signal.SIGKILL

@@ -1,10 +1,5 @@
-"""A small state to save, and children that die where they are told to."""
+"""A small state to save."""
 
-import os
-import signal
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from stackwise.checkpoint import files
 from stackwise.checkpoint.store import Store
 
 State = dict[str, dict[str, Tensor]]
@@ -55,35 +49,3 @@ def assert_whole() -> Callable[..., None]:
             assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
     return check
-
-
-def in_child(action: Callable[[], object], crash_at: str | None = None) -> int:
-    """Run `action` in a forked process; its exit code, negative for a signal, 1 for an exception.
-
-    Forked, so that torch need not be imported again.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch may have threads
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            if crash_at is not None:
-                os.environ[files.CRASH_VARIABLE] = crash_at
-            action()
-            code = 0
-        except BaseException:  # noqa: BLE001 nothing may unwind into the parent's pytest
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.fixture
-def child() -> Callable[..., int]:
-    return in_child
-
-
-@pytest.fixture
-def killed() -> int:
-    return -signal.SIGKILL

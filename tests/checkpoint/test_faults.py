@@ -12,14 +12,15 @@ import pytest
 from stackwise.checkpoint import files
 from stackwise.checkpoint.errors import CheckpointError, LockError, SpaceError
 from stackwise.checkpoint.store import Store
+from stackwise.storage import ops
 
 
 def save(root, state, step):
     Store(root).commit(state, {"step": step}, step=step)
 
 
-WRITES = [point for point in files.CRASH_POINTS if not point.startswith("prune.")]
-PRUNES = [point for point in files.CRASH_POINTS if point.startswith("prune.")]
+WRITES = [point for point in ops.CRASH_POINTS if point.startswith(("object", "manifest", "latest"))]
+PRUNES = [point for point in ops.CRASH_POINTS if point.startswith("prune.")]
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -79,7 +80,7 @@ def test_every_byte_is_synced_before_its_name_and_every_name_before_the_manifest
     calls = []
 
     def spy(name, describe):
-        original = getattr(files, name)
+        original = getattr(ops, name)
 
         def call(*arguments):
             described = describe(*arguments)
@@ -87,7 +88,7 @@ def test_every_byte_is_synced_before_its_name_and_every_name_before_the_manifest
             calls.append((name, described))
             return result
 
-        monkeypatch.setattr(files, name, call)
+        monkeypatch.setattr(ops, name, call)
 
     spy("write", lambda fd, data: os.fstat(fd).st_ino)
     spy("fsync", lambda fd: os.fstat(fd).st_ino)
@@ -119,7 +120,7 @@ def test_every_byte_is_synced_before_its_name_and_every_name_before_the_manifest
 
 
 def fail_nth(monkeypatch, name, nth, code):
-    original = getattr(files, name)
+    original = getattr(ops, name)
     count = [0]
 
     def call(*arguments):
@@ -128,7 +129,7 @@ def fail_nth(monkeypatch, name, nth, code):
             raise OSError(code, os.strerror(code))
         return original(*arguments)
 
-    monkeypatch.setattr(files, name, call)
+    monkeypatch.setattr(ops, name, call)
     return count
 
 
@@ -185,7 +186,7 @@ def test_a_real_limit_on_file_size_is_no_space(store, make_state, assert_whole, 
 
 def test_a_failed_sync_is_retried_on_a_new_file_only(store, make_state, assert_whole, monkeypatch):
     save(store.root, make_state(1), 1)
-    original = files.fsync
+    original = ops.fsync
     failed, synced = [], []
 
     def fsync(fd):
@@ -196,7 +197,7 @@ def test_a_failed_sync_is_retried_on_a_new_file_only(store, make_state, assert_w
             raise OSError(errno.EIO, "Input/output error")
         original(fd)
 
-    monkeypatch.setattr(files, "fsync", fsync)
+    monkeypatch.setattr(ops, "fsync", fsync)
     save(store.root, make_state(2), 2)
     ((node, copy),) = failed
     os.close(copy)
@@ -214,7 +215,7 @@ def test_a_disk_that_keeps_failing_is_an_error_at_once(store, make_state, assert
 
         with monkeypatch.context() as patch:
             with store.lock():  # taken while the disk still works
-                patch.setattr(files, name, broken)
+                patch.setattr(ops, name, broken)
                 with pytest.raises(CheckpointError, match="intact") as caught:
                     store.commit(make_state(2), {"step": 2}, step=2)
             assert caught.value.exit_code == 3
@@ -231,7 +232,7 @@ def test_an_interrupt_inside_a_commit_leaves_the_store_as_it_was(
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "rename", interrupted)
+    monkeypatch.setattr(ops, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(store.root, make_state(2), 2)
     assert snapshot(store) == before
@@ -246,7 +247,7 @@ def test_an_interrupt_after_the_manifest_stands_keeps_its_objects(
         if point == "manifest.renamed":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "crashpoint", interrupted)
+    monkeypatch.setattr(ops, "crashpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(store.root, make_state(2), 2)
     assert_whole(store, 2, make_state(2))

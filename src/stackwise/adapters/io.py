@@ -25,6 +25,7 @@ from stackwise.model.block import Stack
 from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
+from stackwise.storage import ops
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
@@ -52,10 +53,8 @@ def save_set(module: Rack | Stack, name: str, folder: str | Path) -> Path:
         for path, parameter in adapter_parameters(stack, name).items():
             tensors[_file_name(prefix + path, name)] = parameter.detach().contiguous()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(
-        json.dumps(_config(specs, tensors), indent=2, sort_keys=True), encoding="utf-8"
-    )
+    ops.make_dir(folder)
+    ops.replace_text(folder / CONFIG, json.dumps(_config(specs, tensors), indent=2, sort_keys=True))
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     return folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from stackwise.checkpoint import files
 from stackwise.checkpoint.manifest import Part
 from stackwise.checkpoint.tensors import Encoded
+from stackwise.storage import ops
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -101,5 +102,5 @@ class Objects:
                     size += files.size_of(path) or 0
                     count += 1
                     self.discard([path])
-                    files.crashpoint("prune.object")
+                    ops.crashpoint("prune.object")
         return count, size

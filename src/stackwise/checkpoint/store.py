@@ -42,6 +42,7 @@ from stackwise.checkpoint.manifest import (
 from stackwise.checkpoint.objects import Objects
 from stackwise.checkpoint.tensors import check_name, check_tensors, decode, encode
 from stackwise.config.errors import did_you_mean
+from stackwise.storage import ops
 
 _T = TypeVar("_T")
 
@@ -196,7 +197,7 @@ class Store:
                     repaired += [name] if state == "repaired" else []
                     entries[name] = Part(name, encoded.sha256, encoded.size, encoded.tensors)
                 self._objects.sync({entry.sha256 for entry in entries.values()})
-                files.crashpoint("objects.durable")
+                ops.crashpoint("objects.durable")
                 identity, text = serialize(
                     number=existing[-1].number + 1 if existing else 1,
                     step=step,
@@ -215,7 +216,7 @@ class Store:
                         self._objects.discard(fresh)
                 raise
             files.sync_dir(self._commits)
-            files.crashpoint("manifest.durable")
+            ops.crashpoint("manifest.durable")
             files.write_atomic(
                 self._refs / "latest", [f"{identity}\n".encode()], tmp_dir=self._tmp, kind="latest"
             )
@@ -249,9 +250,9 @@ class Store:
             # Manifests first, durably: at no time does a manifest list an object that may be gone.
             for commit in doomed:
                 files.remove(commit.path)
-                files.crashpoint("prune.manifest")
+                ops.crashpoint("prune.manifest")
             files.sync_dir(self._commits)
-            files.crashpoint("prune.manifests-durable")
+            ops.crashpoint("prune.manifests-durable")
             listed = {
                 part.sha256 for commit in commits if commit.id in keep for part in commit.parts.values()
             }

@@ -37,6 +37,7 @@ from stackwise.evaluation.settings import EvaluationSettings
 from stackwise.inference.settings import GenerationSettings
 from stackwise.model.settings import ModelSettings
 from stackwise.objectives.settings import ObjectiveSettings
+from stackwise.storage.ops import replace_text
 from stackwise.tracking.settings import TrackingSettings
 from stackwise.training.settings import TrainingSettings
 
@@ -88,7 +89,7 @@ class StackWiseConfig(Settings):
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write every key; `from_yaml` gives back an equal configuration."""
-        FilePath(path).write_text(dump(self.to_dict()), encoding="utf-8")
+        replace_text(FilePath(path), dump(self.to_dict()))
 
     def validate(self) -> None:  # type: ignore[override]
         """Check shape and rules. Raises ConfigError with every problem.

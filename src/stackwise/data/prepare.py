@@ -3,14 +3,12 @@
 import itertools
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from stackwise.data.errors import DataError
 from stackwise.data.settings import DataSettings
 from stackwise.data.sources import Document, Source, open_eval_source, open_source
 from stackwise.data.tokenizers import CharTokenizer, LibraryTokenizer, Tokenizer, open_tokenizer, train_bpe
+from stackwise.storage import ops
 
 
 def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus:
@@ -42,19 +41,13 @@ def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus
     folder = Path(cache_dir) / sha256_of(recipe)[:16]
     if folder.exists():
         return Corpus.open(folder, reused=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".part-{secrets.token_hex(8)}")
     try:
-        part.mkdir()  # a signal may come as soon as it is there
-        _write(part, recipe, tokenizer, source, held_out, settings)
-        try:
-            part.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            # Another process prepared the same text meanwhile; its folder holds the same bytes.
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with ops.appearing(folder) as part:
+            _write(part, recipe, tokenizer, source, held_out, settings)
+    except OSError:
+        if not folder.exists():
+            raise
+        # Another process prepared the same text meanwhile; its folder holds the same bytes.
     return Corpus.open(folder)
 
 
@@ -86,7 +79,7 @@ def train_tokenizer(
                 yield document.text
 
     tokenizer = train_bpe(texts(), vocab_size, min_frequency=min_frequency)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    ops.make_dir(Path(path).parent)
     return TrainedTokenizer(tokenizer, tokenizer.save(path), *counts)
 
 
@@ -139,17 +132,13 @@ class _Shard:
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.path = path
-        self.stream: BinaryIO = stack.enter_context(path.open("xb"))
+        self.file = stack.enter_context(ops.NewFile(path, kind="export"))
         self.digest = sha256()
 
     def write(self, array: np.ndarray) -> None:
         data = array.tobytes()
-        self.stream.write(data)
+        self.file.write(data)
         self.digest.update(data)
-
-    def sync(self) -> None:
-        self.stream.flush()
-        os.fsync(self.stream.fileno())  # a size that fits must mean bytes that are there
 
 
 class _SplitWriter:
@@ -192,8 +181,6 @@ class _SplitWriter:
             self.n_tokens += len(ids)
 
     def finish(self) -> dict[str, Any]:
-        for shard in (self.tokens, self.starts):
-            shard.sync()
         return {
             "tokens": self.n_tokens,
             "bytes": self.n_bytes,
@@ -238,7 +225,7 @@ def _write(
         "splits": counts,
     }
     tokenizer.save(folder / "tokenizer.json")
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    ops.write_new(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()], kind="export")
 
 
 def _name(source: Source) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from stackwise.config.errors import did_you_mean
 from stackwise.data.errors import DamagedDataError, DataError
+from stackwise.storage import ops
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -123,9 +124,8 @@ class Tokenizer(ABC):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the tokenizer as one JSON file, replacing it whole or not at all; gives back the path."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}")
-        part.write_text(json.dumps(self.definition(), ensure_ascii=False, indent=1), encoding="utf-8")
-        return part.replace(target)
+        ops.replace_text(target, json.dumps(self.definition(), ensure_ascii=False, indent=1))
+        return target
 
 
 class ByteTokenizer(Tokenizer):

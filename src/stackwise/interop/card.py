@@ -8,6 +8,7 @@ from typing import Any
 from stackwise.config.root import StackWiseConfig
 from stackwise.interop.own import MODEL_TYPE
 from stackwise.model.spec import RackSpec
+from stackwise.storage import ops
 
 
 def write_card(
@@ -57,7 +58,7 @@ def write_card(
         "",
     ]
     path = folder / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    ops.write_new(path, ["\n".join(lines).encode()], kind="export")
     return path
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from stackwise.interop.tokenizer_files import write_tokenizer
 from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
+from stackwise.storage import ops
 
 DTYPES = {
     "float32": torch.float32,
@@ -141,7 +138,7 @@ def write_model(
     special = _special(tokenizer) if ids is None else ids
     described |= {"dtype": dtype, **special}
     name = MODEL_TYPE if found is None else found.model_type
-    with _appearing(out) as folder:
+    with ops.appearing(out) as folder:
         files = write_shards(folder, _groups(rows, plain, DTYPES[dtype]), shard_bytes)
         _write_json(folder / CONFIG, described)
         if plain.spec.is_causal:
@@ -187,17 +184,4 @@ def _generation(ids: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` at the end, or vanishes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    part.mkdir()
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    ops.write_new(path, [(json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()], kind="export")

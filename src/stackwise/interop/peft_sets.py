@@ -26,6 +26,7 @@ from stackwise.interop.table import Row
 from stackwise.model.files import save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
+from stackwise.storage import ops
 
 _WAY_OUT = "leave --separate out, which folds the sets into the weights"
 
@@ -100,9 +101,10 @@ def _write_set(rack: Rack, rows: list[Row], name: str, folder: Path, base: str) 
             f"the set {name!r} sits on {min(layers)}, which the file does not have; {_WAY_OUT}"
         )
     spec = next(spec for stack in rack.stacks for spec in stack.adapters if spec.name == name)
-    folder.mkdir(parents=True)
+    ops.make_dir(folder)
     config = _config(spec, sizes, transposed, rack.is_causal, base)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    ops.write_new(folder / CONFIG, [text.encode()], kind="export")
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 

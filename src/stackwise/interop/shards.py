@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stackwise.interop.folder import INDEX, WEIGHTS
+from stackwise.storage import ops
 
 NAMES = {
     torch.float64: "F64",
@@ -62,7 +62,7 @@ def write_shards(folder: Path, groups: Sequence[Group], max_bytes: int) -> list[
         places |= {tensor: name for group in shard for tensor in group.names}
     total = sum(group.size for group in groups)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    ops.write_new(folder / INDEX, [(json.dumps(index, indent=2) + "\n").encode()], kind="export")
     return [*names, INDEX]
 
 
@@ -81,12 +81,10 @@ def _write(path: Path, groups: Sequence[Group]) -> None:
             offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with ops.NewFile(path, kind="export") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for group in groups:
             for tensor, shape, dtype in zip(group.make(), group.shapes, group.dtypes, strict=True):
                 assert tuple(tensor.shape) == shape
                 plain = tensor.to("cpu", dtype).contiguous()
                 file.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.data.tokenizers import EOS, PAD, ByteTokenizer, CharTokenizer, Tokenizer
+from stackwise.storage import ops
 
 _ROLES = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>"),
@@ -39,7 +40,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
             config[role] = found
     for name, data in (("tokenizer.json", definition), ("tokenizer_config.json", config)):
         text = json.dumps(data, ensure_ascii=False, indent=2 if data is config else None)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+        ops.write_new(folder / name, [f"{text}\n".encode()], kind="export")
 
 
 def library_definition(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from stackwise.storage import ops
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Path:
     """Write tensors and facts to one file, whole or not at all; returns the path."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, facts)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    ops.make_dir(path.parent)
+    held = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, facts)
+    ops.write_atomic(path, [held], kind="text")
+    ops.sync_dir(path.parent)
     return path
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from stackwise.storage import ops
 from stackwise.tracking import metrics
 from stackwise.tracking.environment import environment
 from stackwise.tracking.history import RunHistory
 
-__all__ = ["RunFolder", "RunFolderError", "RunSummary", "list_runs", "replace_text"]
+__all__ = ["RunFolder", "RunFolderError", "RunSummary", "list_runs"]
 
 
 class RunFolderError(OSError):
@@ -65,7 +65,7 @@ class RunFolder:
                     "checkpoint.overwrite=true, or choose another training.run_id"
                 )
             run.remove()
-        run.path.mkdir(parents=True, exist_ok=True)
+        ops.make_dir(run.path)
         return run
 
     @classmethod
@@ -85,16 +85,16 @@ class RunFolder:
         return any(path.exists() for path in (self.config, self.metrics, self.store))
 
     def write_config(self, yaml_text: str) -> None:
-        replace_text(self.config, yaml_text)
+        ops.replace_text(self.config, yaml_text)
 
     def write_environment(self) -> dict[str, Any]:
         """Record ``environment()`` and return it."""
         facts = environment()
-        replace_text(self.environment, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        ops.replace_text(self.environment, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         return facts
 
     def write_sample(self, text: str) -> None:
-        replace_text(self.sample, text if text.endswith("\n") else text + "\n")
+        ops.replace_text(self.sample, text if text.endswith("\n") else text + "\n")
 
     def size_bytes(self) -> int:
         """Bytes of all files below the folder; a file that vanishes meanwhile counts nothing."""
@@ -113,9 +113,9 @@ class RunFolder:
         The caller makes sure that no other process is training there.
         """
         for old in self._all():
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+            ops.remove_tree(old)
         with contextlib.suppress(OSError):  # it holds something else
-            self.path.rmdir()
+            ops.rmdir(self.path)
 
     def _all(self) -> list[Path]:
         return [
@@ -213,13 +213,3 @@ def _unreadable(path: Path, error: OSError) -> RunSummary:
         ("total_steps", "n_stacks", "n_params", "loss", "eval_loss", "tokens", "seconds", "started")
     )
     return RunSummary(path, path.name, "damaged", step=0, size_bytes=0, damage=reason, **unknown)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

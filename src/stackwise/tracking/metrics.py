@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stackwise.storage import ops
 from stackwise.tracking.events import FIELDS, EventError, check_event
 
 __all__ = ["FILE_NAME", "MetricsError", "MetricsFile", "MetricsLog", "read_metrics"]
@@ -84,9 +84,8 @@ class MetricsFile:
         self.path = _file(Path(run_dir) / FILE_NAME)
         self._last_step = 0
         self._last_logged_step = 0  # of "step" events, which must rise strictly
-        if self.path.exists():
-            self._truncate(self._scan(None))
-        self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
+        self._log = ops.Log(self.path)
+        self._log.cut(self._scan(None))
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Append one event and flush it."""
@@ -101,40 +100,31 @@ class MetricsFile:
             self._note_step(event)
         line = json.dumps(_encode(event), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         # errors="backslashreplace": a lone surrogate in a sample must not end the run
-        self._file.write(line.encode("utf-8", errors="backslashreplace") + b"\n")
-        self._file.flush()
+        self._log.append(line.encode("utf-8", errors="backslashreplace") + b"\n")
         if event["event"] in _DURABLE:
-            os.fsync(self._file.fileno())
+            self._log.sync()
 
     def cut_after(self, step: int) -> int:
         """Drop every event of a step later than ``step``, return how many; the remaining bytes are untouched.
 
         ``cut_after(0)`` keeps what came before the first step.
         """
-        self._file.flush()
         before = sum(1 for _ in _lines(self.path))
-        self._truncate(self._scan(step))
-        self._file.seek(0, os.SEEK_END)
+        self._log.cut(self._scan(step))
         return before - sum(1 for _ in _lines(self.path))
 
     def size(self) -> int:
         """Bytes written so far; `cut_at` goes back to this point."""
-        return self._file.tell()
+        return self._log.size
 
     def cut_at(self, size: int) -> None:
         """Drop everything written after the file was `size` bytes long; a shorter file is left as it is."""
-        self._file.flush()
-        if self.path.stat().st_size > size:
-            self._truncate(size)
-        self._truncate(self._scan(None))
-        self._file.seek(0, os.SEEK_END)
+        self._log.cut(size)
+        self._log.cut(self._scan(None))
 
     def close(self) -> None:
         """Sync and close; closing twice is allowed."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+        self._log.close()
 
     def _scan(self, last_step: int | None) -> int:
         """Byte offset after the last event to keep (of step <= ``last_step``); sets the step counters."""
@@ -161,13 +151,6 @@ class MetricsFile:
         self._last_step = event["step"]
         if event["event"] == "step":
             self._last_logged_step = event["step"]
-
-    def _truncate(self, size: int) -> None:
-        # Shortening in place is one metadata operation: a crash leaves the old length or the new one.
-        if self.path.stat().st_size != size:
-            with open(self.path, "r+b") as file:
-                file.truncate(size)
-                os.fsync(file.fileno())
 
 
 def _file(path: str | Path) -> Path:

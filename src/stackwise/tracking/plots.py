@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stackwise.storage import ops
 from stackwise.tracking import units
 from stackwise.tracking.history import RunHistory
 
@@ -97,10 +98,12 @@ def available_plots(run: RunHistory) -> list[Plot]:
 def write_png(plot: Plot, run: RunHistory, folder: str | Path) -> Path:
     """Draw ``plot`` to ``folder/<name>.png`` on white paper and return the path."""
     path = Path(folder) / f"{plot.name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    ops.make_dir(path.parent)
     with _figure(plot, run, wide=plot.wide) as figure:
         figure.suptitle(plot.title, x=0.008, ha="left", fontsize=11, fontweight="bold", color=COLOURS["fg"])
-        figure.savefig(path, format="png", dpi=160, facecolor=COLOURS["paper"])
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=160, facecolor=COLOURS["paper"])
+    ops.write_atomic(path, [picture.getbuffer()], kind="text")
     return path
 
 

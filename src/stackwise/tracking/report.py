@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from stackwise.storage import ops
 from stackwise.tracking import units
-from stackwise.tracking.folder import RunFolder, replace_text
+from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.history import RunHistory, StageHistory
 from stackwise.tracking.metrics import MetricsLog, read_metrics
 
@@ -66,7 +67,7 @@ def build_report(run_dir: str | Path) -> Path:
         f"<title>{title} · StackWise</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
-    replace_text(folder.report, page)
+    ops.replace_text(folder.report, page)
     return folder.report
 
 

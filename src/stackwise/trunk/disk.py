@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from stackwise.storage import ops
 from stackwise.trunk import files
 from stackwise.trunk.budget import Budget
 from stackwise.trunk.errors import CacheError
@@ -81,7 +82,7 @@ class DiskStore:
             slot, crc = self._slots, zlib.crc32(raw.data)
             shard, at = self.header.place(slot)
             try:
-                files.write_all(self._fd(shard_path(self.folder, shard)), raw.data, at)
+                ops.pwrite_all(self._fd(shard_path(self.folder, shard)), raw.data, at)
             except OSError as error:
                 self.budget.give(cost)
                 self._stop(error)
@@ -104,11 +105,11 @@ class DiskStore:
             assert self.header is not None
             try:
                 for shard in sorted({self.header.place(slot)[0] for _, slot, _ in pending}):
-                    files.sync(self._fd(shard_path(self.folder, shard)))
+                    ops.fsync(self._fd(shard_path(self.folder, shard)))
                 index = self._fd(self.folder / "index.bin")
-                files.write_all(index, b"".join(record(*p) for p in pending), self._records * RECORD.size)
-                files.sync(index)
-                files.sync_folder(self.folder)
+                ops.pwrite_all(index, b"".join(record(*p) for p in pending), self._records * RECORD.size)
+                ops.fsync(index)
+                ops.sync_dir(self.folder)
             except OSError as error:
                 for entry, _, _ in pending:  # nobody knows whether their bytes will reach the disk
                     self._entries.pop(entry, None)
@@ -121,13 +122,13 @@ class DiskStore:
         text = header.to_json()
         self._closed = True
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ops.make_dir(self.folder, 0o700)
             if not self._lock.acquire():
                 return False
             if (self.folder / "store.json").exists() or not self.budget.take(len(text)):
                 self._lock.release()
                 return False
-            files.replace_text(self.folder / "store.json", text)
+            ops.replace_text(self.folder / "store.json", text)
         except OSError as error:
             self._stop(error)
             return False
@@ -137,7 +138,7 @@ class DiskStore:
     def _stop(self, error: OSError) -> None:
         """Write no more: what finds no place is computed again. Raises CacheError unless it is only the space."""
         self._closed = True
-        if error.errno not in files.NO_SPACE:
+        if error.errno not in ops.NO_SPACE:
             raise CacheError(
                 f"cannot write activations to {self.folder} ({error.strerror or error}). Check the disk and the "
                 "permissions, choose another training.progressive.cache_dir, or set "
@@ -154,7 +155,7 @@ class DiskStore:
         if path not in self._fds:
             if len(self._fds) >= _OPEN_SHARDS:
                 _, oldest = self._fds.popitem(last=False)
-                files.sync(oldest)
+                ops.fsync(oldest)
                 os.close(oldest)
             self._fds[path] = files.open_file(path, create=True)
         return self._fds[path]
@@ -236,11 +237,11 @@ class DiskStore:
         for path in self.folder.glob("shard-*.bin"):
             number = int(path.stem.removeprefix("shard-"))
             if number > last or (number == last and not end):
-                path.unlink()
+                ops.unlink(path)
             elif number == last and file_size(path) > end:
-                os.truncate(path, end)
+                files.cut(path, end)
         if file_size(self.folder / "index.bin") > self._records * RECORD.size:
-            os.truncate(self.folder / "index.bin", self._records * RECORD.size)
+            files.cut(self.folder / "index.bin", self._records * RECORD.size)
 
     def close(self) -> None:
         """Make everything durable and let go of the files; the entries stay on disk."""

@@ -1,67 +1,31 @@
-"""File operations of the activation store.
+"""Files of the activation store: how they are opened, and who may write to a folder.
 
-Entries are only named in an index once their bytes are on the disk, so the order of these calls is what a crash
-depends on; they are here, where a test can record them or make them fail. Needs a POSIX system (flock).
+Entries are only named in an index once their bytes are on the disk. What changes the disk is in `storage.ops`. Needs a
+POSIX system (flock).
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import os
 import weakref
 from pathlib import Path
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write(fd: int, data: memoryview, offset: int) -> int:
-    """Bytes of `data` that were written at `offset`: maybe fewer than all."""
-    return os.pwrite(fd, data, offset)
-
-
-def sync(fd: int) -> None:
-    """Return once the file's bytes, or the directory's entries, are on the disk."""
-    os.fsync(fd)
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write every byte. On an error the file is cut back to `offset`."""
-    whole, done = memoryview(data).cast("B"), 0
-    try:
-        while done < len(whole):
-            done += write(fd, whole[done:], offset + done)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, offset)
-        raise
+from stackwise.storage import ops
 
 
 def open_file(path: Path, *, create: bool = False) -> int:
     """Descriptor of a regular file, links refused; with `create` for writing too."""
-    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    if create:
+        return ops.open_to_change(path, 0o600)
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Make the file hold `text`; a crash leaves what was there before or all of it."""
-    part = path.with_name(f"{path.name}.new")
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+def cut(path: Path, size: int) -> None:
+    """Drop what a file holds after `size` bytes."""
+    fd = open_file(path, create=True)
     try:
-        write_all(fd, text.encode(), 0)
-        sync(fd)
-    finally:
-        os.close(fd)
-    part.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync(fd)
+        ops.truncate(fd, size)
     finally:
         os.close(fd)
 

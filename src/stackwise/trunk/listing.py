@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from stackwise.storage import ops
 from stackwise.trunk import files
 from stackwise.trunk.errors import CacheError, CacheInUseError
 from stackwise.trunk.layout import Header, file_size, folder_bytes, read_index, shard_path
@@ -90,12 +91,15 @@ def remove_store(folder: Path) -> int:
             f"{folder} is being written by another process; stop it or wait until it ends", path=folder
         )
     try:
-        freed, names = 0, ["index.bin", *(path.name for path in folder.glob("shard-*.bin")), "store.json.new"]
+        freed, names = (
+            0,
+            ["index.bin", *(path.name for path in folder.glob("shard-*.bin")), ".store.json.new"],
+        )
         for path in [folder / name for name in (*names, "store.json", "LOCK")]:
             freed += file_size(path)
-            path.unlink(missing_ok=True)
+            ops.remove(path)
         if not any(folder.iterdir()):
-            folder.rmdir()
+            ops.rmdir(folder)
     finally:
         lock.release()
     return freed

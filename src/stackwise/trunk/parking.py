@@ -7,9 +7,7 @@ the same memory, and `Block.parked` alone tells them apart.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.block import Block
+from stackwise.storage import ops
 
 WAYS_OUT = (
     "choose another training.progressive.cache_dir, or set training.progressive.trunk_residency to streamed, which "
@@ -101,19 +100,16 @@ def _replace(block: nn.Module, move: Callable[[str, Tensor], Tensor]) -> None:
 def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Write tensors to a file and map it. Writing into them would not reach the file."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
-        new.chmod(0o444)
-        new.replace(file)  # what was mapped from an old file of this name stays what it was
+        ops.make_dir(file.parent)
+        # What was mapped from an old file of this name stays what it was.
+        held = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        ops.write_atomic(file, [held], kind="text", mode=0o444)
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in tensors}
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            new.unlink()
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
             f"cannot keep {size:,} bytes of frozen weights in {file}: {error}; make room, or {WAYS_OUT}"

@@ -10,6 +10,7 @@ import torch
 from stackwise.model.block import Block
 from stackwise.model.names import adapter_set_of
 from stackwise.model.rack import Rack, recompute_block, run_block
+from stackwise.storage import ops
 from stackwise.trunk.lanes import lane_to
 from stackwise.trunk.parking import WAYS_OUT, park, parked_blocks, unpark
 from stackwise.trunk.streaming import Streamer
@@ -72,7 +73,7 @@ def scratch(base: Path) -> Path:
     held = _scratch.get(base)
     if held is None or not Path(held.name).is_dir():
         try:
-            base.mkdir(parents=True, exist_ok=True)
+            ops.make_dir(base)
             held = TemporaryDirectory(prefix="weights-", dir=base, ignore_cleanup_errors=True)
         except OSError as error:
             raise OSError(f"cannot keep frozen weights in {base}: {error}; {WAYS_OUT}") from error

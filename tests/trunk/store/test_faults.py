@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from stackwise.storage import ops
 from stackwise.trunk import disk, files
 from stackwise.trunk.errors import CacheError, CacheInUseError
 from stackwise.trunk.layout import Header
@@ -20,7 +21,7 @@ IDS = torch.arange(12)
 
 def killed_at(monkeypatch, name: str, nth: int, half: bool = False) -> None:
     """Die at the n-th call of a file operation; with `half` after it has done half its work."""
-    original, calls = getattr(files, name), []
+    original, calls = getattr(ops, name), []
 
     def call(*arguments):
         calls.append(name)
@@ -31,11 +32,11 @@ def killed_at(monkeypatch, name: str, nth: int, half: bool = False) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    monkeypatch.setattr(files, name, call)
+    monkeypatch.setattr(ops, name, call)
 
 
-WRITES = [("write", nth, half) for nth in range(1, 12) for half in (False, True)]
-SYNCS = [(name, nth, False) for name in ("sync", "sync_folder") for nth in range(1, 4)]
+WRITES = [("pwrite", nth, half) for nth in range(1, 12) for half in (False, True)]
+SYNCS = [(name, nth, False) for name in ("fsync", "sync_dir") for nth in range(1, 4)]
 
 
 @pytest.mark.parametrize(("name", "nth", "half"), WRITES + SYNCS)
@@ -74,28 +75,28 @@ def test_entries_are_on_the_disk_before_the_index_names_them(kit, tmp_path, monk
     calls: list[tuple[str, str]] = []
 
     def spy(name):
-        original = getattr(files, name)
+        original = getattr(ops, name)
 
         def call(fd, *rest):
             calls.append((name, os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
             return original(fd, *rest)
 
-        monkeypatch.setattr(files, name, call)
+        monkeypatch.setattr(ops, name, call)
 
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("needs /proc")
-    spy("write")
-    spy("sync")
+    spy("pwrite")
+    spy("fsync")
     store = kit.store(tmp_path)
     store.write(IDS[:2], kit.entries(2))
-    assert ("write", "index.bin") not in calls
+    assert ("pwrite", "index.bin") not in calls
     calls.clear()
     store.flush()
     assert calls == [
-        ("sync", "shard-00000.bin"),
-        ("write", "index.bin"),
-        ("sync", "index.bin"),
-        ("sync", store.name),
+        ("fsync", "shard-00000.bin"),
+        ("pwrite", "index.bin"),
+        ("fsync", "index.bin"),
+        ("fsync", store.name),
     ]
 
 
@@ -234,7 +235,7 @@ def test_a_full_disk_ends_the_writing_and_nothing_else(kit, tmp_path, monkeypatc
     x = kit.entries(12)
     store = kit.store(tmp_path)
     store.write(IDS[:3], x[:3])
-    original, calls = files.write, []
+    original, calls = ops.pwrite, []
 
     def write(fd, data, offset):
         calls.append(offset)
@@ -243,7 +244,7 @@ def test_a_full_disk_ends_the_writing_and_nothing_else(kit, tmp_path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(fd, data, offset)
 
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(ops, "pwrite", write)
     with pytest.warns(RuntimeWarning, match="no space left for activations"):
         assert torch.equal(store.write(IDS[3:], x[3:]), x[3:])
     monkeypatch.undo()
@@ -262,7 +263,7 @@ def test_a_failing_disk_is_an_error_with_a_way_out(kit, tmp_path, monkeypatch):
     def sync(fd):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(files, "sync", sync)
+    monkeypatch.setattr(ops, "fsync", sync)
     with pytest.raises(CacheError, match=r"cannot write activations to .*cache_activations=false"):
         store.flush()
     assert not store.has(IDS).any(), "nobody knows whether they reached the disk"

@@ -1,0 +1,1 @@
+"""Files: every write to a disk, in one place."""
