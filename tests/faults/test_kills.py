@@ -1,0 +1,46 @@
+"""kill -9 at random times, over and over, changes nothing of what a run comes to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+# One slice of the cases per test, so that a failure names its kind of run; 200 kills in all.
+SLICES = range(4)
+KILLS = 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", SLICES)
+def test_a_killed_run_ends_as_the_undisturbed_one(part: int, tmp_path: Path) -> None:
+    from reliability import kills, runs
+
+    seed = int(os.environ.get("STACKWISE_FAULT_SEED", secrets.randbelow(10**6)))
+    chosen = runs.CASES[part :: len(SLICES)]
+    record = kills.run(KILLS, seed, cases=chosen, disk=tmp_path)
+    assert record["failures"] == []
+    assert record["kills"] >= KILLS
+    assert sum(row["at"].get("training and saving", 0) for row in record["cases"]) > KILLS // 5
+
+
+def test_a_run_that_comes_to_another_end_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness can fail: a resume that loses the moments, made on purpose."""
+    from reliability import kills, runs
+    from stackwise.training import state
+
+    case = runs.BY_NAME["end to end"]
+    made = kills.Kills([case], 1, (tmp_path, tmp_path))
+    try:
+        made.undisturbed(case, 0)
+        monkeypatch.setattr(state, "load_optimizer_state", lambda store, commit: {})
+        results = [made.run(index) for index in range(3)]
+    finally:
+        made.close()
+    resumed = [result for result in results if result.kills]
+    assert resumed, "no run was killed"
+    assert any("another end" in failure for result in resumed for failure in result.failures)
