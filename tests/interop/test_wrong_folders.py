@@ -16,6 +16,7 @@ from stackwise.config.errors import ConfigError
 from stackwise.data.tokenizers import train_bpe
 from stackwise.interop.errors import InterchangeError
 from stackwise.interop.hf_import import read_model
+from stackwise.storage.errors import DamagedFileError, UnsafeInputError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Saved = Callable[..., tuple[Any, Path]]
@@ -140,7 +141,7 @@ def test_a_pickle_is_never_opened(saved: Saved, tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(InterchangeError, match=r"pytorch_model\.bin, a pickle"):
+    with pytest.raises(UnsafeInputError, match=r"pytorch_model\.bin, a pickle"):
         read_model(folder)
     assert not (tmp_path / "sprung").exists()
 
@@ -150,7 +151,7 @@ def test_code_of_the_folder_is_never_run(saved: Saved, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     (folder / "modeling_llama.py").write_text(f"import pathlib; pathlib.Path({str(sprung)!r}).touch()")
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})
-    with pytest.raises(ConfigError, match="auto_map"):
+    with pytest.raises(UnsafeInputError, match="auto_map"):
         read_model(folder)
     assert not sprung.exists()
 
@@ -174,14 +175,14 @@ def test_folders_without_the_files(saved: Saved, tmp_path: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[0]
     content = shard.read_bytes()
     shard.write_bytes(content[:-5])
-    with pytest.raises(InterchangeError, match=shard.name):
+    with pytest.raises(DamagedFileError, match=shard.name):
         read_model(folder)
     shard.unlink()
     with pytest.raises(InterchangeError, match=shard.name):
         read_model(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, "../" + shard.name))
-    with pytest.raises(InterchangeError, match="no file of the folder"):
+    with pytest.raises(UnsafeInputError, match="no file of the folder"):
         read_model(folder)
     index.unlink()
     for file in folder.glob("*.safetensors"):
@@ -189,7 +190,7 @@ def test_folders_without_the_files(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InterchangeError, match="no weights"):
         read_model(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(InterchangeError, match="not JSON"):
+    with pytest.raises(DamagedFileError, match="not JSON"):
         read_model(folder)
 
 

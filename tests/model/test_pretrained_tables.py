@@ -22,6 +22,7 @@ from stackwise.model.pretrained import find_table
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
 from stackwise.objectives.causal import CausalLM
+from stackwise.storage.errors import UnsafeInputError
 from stackwise.training.run import train
 from stackwise.training.stored import open_run
 
@@ -200,8 +201,11 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     (path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"wte.weight": "../empty/model.safetensors"}})
     )
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(UnsafeInputError, match="no file of the folder"):
         find_table(str(path))
+    (empty / "model.safetensors").rename(empty / "pytorch_model.bin")
+    with pytest.raises(UnsafeInputError, match="a pickle"):
+        find_table(str(empty))
 
 
 def test_lexical_kernels_are_cosines(folder):

@@ -26,6 +26,7 @@ from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
 from stackwise.storage import ops
+from stackwise.storage.regular import read_json, refuse_pickles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
@@ -63,10 +64,11 @@ def load_set(module: Rack | Stack, folder: str | Path, name: str) -> None:
     """Attach the set of a folder under `name` to the layers it was saved from.
 
     Layers that the rack lacks, tensors of another shape, ranks that differ within one stack: ValueError, and nothing is
-    attached. A missing file: FileNotFoundError.
+    attached. A missing file: FileNotFoundError. A file that is damaged or not safe to read: as `open_tensors`.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
+    refuse_pickles(folder, WEIGHTS)
     held, _ = load_tensors(folder / WEIGHTS)
     tensors = {_model_name(key, name): tensor for key, tensor in held.items()}
     specs: dict[str, AdapterSpec] = {}

@@ -40,9 +40,10 @@ from stackwise.checkpoint.manifest import (
     serialize,
 )
 from stackwise.checkpoint.objects import Objects
-from stackwise.checkpoint.tensors import check_name, check_tensors, decode, encode
+from stackwise.checkpoint.tensors import check_tensors, decode, encode
 from stackwise.config.errors import did_you_mean
 from stackwise.storage import ops
+from stackwise.storage.header import check_name
 
 _T = TypeVar("_T")
 

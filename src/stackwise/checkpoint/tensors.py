@@ -9,14 +9,14 @@ safetensors reader can open the files.
 
 import hashlib
 import json
-import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from stackwise.storage.header import check_length, check_name, parse_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,11 +35,6 @@ DTYPES = {
 """safetensors name -> torch dtype, for every dtype that can be stored."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NAME = re.compile(r"[A-Za-z0-9._:/-]{1,512}")
-_MAX_HEADER = 16 * 2**20
-_MAX_TENSORS = 100_000
-_MAX_RANK = 8
-_MAX_DIM = 2**31
 
 
 @dataclass(frozen=True)
@@ -61,14 +56,6 @@ class Encoded:
     size: int
     tensors: tuple[TensorInfo, ...]
     """In the order of the file."""
-
-
-def check_name(name: str, what: str) -> None:
-    """Raise ValueError unless `name` is safe in a file and on a terminal."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
-            f"{what} {name!r}: only letters, digits and . _ : / - without '..', 512 characters at most"
-        )
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -108,12 +95,12 @@ def encode(tensors: Mapping[str, Tensor]) -> Encoded:
         chunks.append(data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    table = _table(text, offset)  # what is written can be read back: the same checks
+    rows = parse_header(text, offset).rows.values()  # what is written can be read back: the same checks
     chunks.insert(0, len(text).to_bytes(8, "little") + text)
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    infos = tuple(TensorInfo(name, dtype, shape) for name, dtype, shape, _, _ in table)
+    infos = tuple(TensorInfo(row.name, row.dtype, row.shape) for row in rows)
     return Encoded(chunks, digest.hexdigest(), 8 + len(text) + offset, infos)
 
 
@@ -124,73 +111,19 @@ def decode(buffer: bytearray) -> dict[str, Tensor]:
     shapes, no hole, no overlap, no duplicate, no unknown field.
     """
     _require_little_endian()
-    length = int.from_bytes(buffer[:8], "little")
-    if len(buffer) < 8 or length > len(buffer) - 8 or length % 8:
-        raise ValueError(f"the header does not fit: {length} bytes announced in a file of {len(buffer)}")
-    start = 8 + length
+    check_length(bytes(buffer[:8]), len(buffer))
+    start = 8 + int.from_bytes(buffer[:8], "little")
+    if start % 8:
+        raise ValueError(f"the tensors start at byte {start}, which is not aligned")
     tensors = {}
-    for name, dtype, shape, begin, end in _table(bytes(buffer[8:start]), len(buffer) - start):
+    header = parse_header(bytes(buffer[8:start]), len(buffer) - start)
+    for name, dtype, shape, begin, end in header.rows.values():
         if begin == end:  # frombuffer refuses an empty range
             tensors[name] = torch.empty(shape, dtype=DTYPES[dtype])
         else:
             flat = torch.frombuffer(buffer, dtype=torch.uint8, count=end - begin, offset=start + begin)
             tensors[name] = flat.view(DTYPES[dtype]).reshape(shape)
     return tensors
-
-
-def _table(header: bytes, data_size: int) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """(name, dtype, shape, begin, end) of each tensor in file order, or ValueError."""
-    if len(header) > _MAX_HEADER:
-        raise ValueError(f"the header has {len(header)} bytes, {_MAX_HEADER} at most")
-    try:
-        fields = json.loads(header.decode(), object_pairs_hook=_no_duplicates)
-    except RecursionError as error:
-        raise ValueError("the header is nested too deeply") from error
-    if not isinstance(fields, dict):
-        raise ValueError("the header is not a JSON object")
-    metadata = fields.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ does not map names to texts")
-    if len(fields) > _MAX_TENSORS:
-        raise ValueError(f"{len(fields)} tensors, {_MAX_TENSORS} at most")
-    table = []
-    for name, field in fields.items():
-        check_name(name, "tensor")
-        if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"tensor {name!r} has the unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-        if not _whole_numbers(shape) or len(shape) > _MAX_RANK or max(shape, default=0) > _MAX_DIM:
-            raise ValueError(f"tensor {name!r} has an impossible shape")
-        if not _whole_numbers(offsets) or len(offsets) != 2:
-            raise ValueError(f"tensor {name!r} has impossible offsets")
-        begin, end = offsets
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f"tensor {name!r}: {end - begin} bytes do not fit the shape {shape} of {dtype}")
-        if begin % DTYPES[dtype].itemsize:
-            raise ValueError(f"tensor {name!r} is not aligned")
-        table.append((name, dtype, tuple(shape), begin, end))
-    table.sort(key=lambda row: (row[3], row[4]))
-    expected = 0
-    for name, _, _, begin, end in table:
-        if begin != expected:
-            raise ValueError(f"tensor {name!r} starts at byte {begin}, expected {expected}")
-        expected = end
-    if expected != data_size:
-        raise ValueError(f"the tensors end at byte {expected}, the file holds {data_size}")
-    return table
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("the header names something twice")
-    return fields
-
-
-def _whole_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _require_little_endian() -> None:

@@ -32,12 +32,16 @@ def import_model(
         str | None,
         typer.Option("--tokenizer", metavar="PATH_OR_ID", help="A tokenizer in place of the folder's own."),
     ] = None,
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Refuse weights that hold NaN or infinite values.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Take over a model of the Hugging Face format as a run.
 
     Reads config.json, safetensors files and tokenizer.json; tensor by tensor, so that it takes little more memory than
-    the model. Nothing in the folder is run, and pickled weights are refused. Keys of config.json that are not understood
+    the model. Nothing in the folder is run: pickled weights, keys that name code and files that lie elsewhere are
+    refused (exit code 8). Keys of config.json that are not understood
     are refused by name, and so are tensors that are missing, unknown or of another shape.
 
     The run can be used like any other: for text, to plan, and to start another run from, with adapters, with more
@@ -69,6 +73,7 @@ def import_model(
         blocks_per_stack=blocks_per_stack,
         tokenizer=tokenizer,
         watch=watch if sys.stderr.isatty() else None,
+        check_finite=check_finite,
     )
     folder = adopt(imported, target)
     for text in imported.notes:

@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=HELP_NAMES,
     epilog="Exit codes: 0 done, 2 usage or configuration, 3 damaged data, 4 run in use, 5 loss not finite, "
-    "6 no space, 7 stored run does not fit, 130 Ctrl-C, 143 SIGTERM, 1 anything else.",
+    "6 no space, 7 stored run does not fit, 8 unsafe input, 130 Ctrl-C, 143 SIGTERM, 1 anything else.",
 )
 
 

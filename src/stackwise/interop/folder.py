@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stackwise.interop.errors import InterchangeError
+from stackwise.interop.limits import check_config
+from stackwise.model.files import open_tensors
+from stackwise.storage.errors import UnsafeInputError
+from stackwise.storage.header import Header, read_header
+from stackwise.storage.regular import PICKLES, check_file_name, read_json, refuse_pickles
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-_MAX_JSON = 64 * 2**20
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB_FILES = (CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json")
 
 
@@ -24,6 +24,11 @@ def locate(name: str | Path) -> Path:
     if path.is_dir():
         return path
     text = str(name)
+    if path.is_file() and path.name.endswith(PICKLES):
+        raise UnsafeInputError(
+            f"{path} is a pickle: loading one can run any code, so it is never opened. Name a model folder with "
+            f"{CONFIG} and {WEIGHTS}"
+        )
     if path.exists() or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise FileNotFoundError(
             f"{text!r} is no model folder (a folder with {CONFIG} and {WEIGHTS}), nor an id of the Hugging Face hub"
@@ -43,23 +48,12 @@ def locate(name: str | Path) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
-    if path.stat().st_size > _MAX_JSON:
-        raise InterchangeError(f"{path} is larger than {_MAX_JSON} bytes, too large for a description")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InterchangeError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InterchangeError(f"{path} holds a {type(data).__name__}, not an object")
-    return data
-
-
 class ModelFolder:
     """Configuration and tensors of a folder. `shapes` and `dtypes` are known without reading a tensor.
 
-    Raises InterchangeError for a folder without usable weights, FileNotFoundError for one without configuration.
+    Raises InterchangeError for a folder without usable weights, FileNotFoundError for one without configuration,
+    DamagedFileError for a file that is not whole and UnsafeInputError for what must not be read: pickles, files that
+    are no regular files of the folder, descriptions that name code, tensors that lie in two files.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,53 +61,62 @@ class ModelFolder:
         if not (self.path / CONFIG).is_file():
             raise FileNotFoundError(f"{self.path} has no {CONFIG}, so it is no model folder")
         self.config = read_json(self.path / CONFIG)
+        check_config(self.config, str(self.path / CONFIG))
         generation = self.path / GENERATION
         self.generation = read_json(generation) if generation.is_file() else {}
         self._files = self._find()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for name in sorted(set(self._files.values())):
-            self._read_header(name)
+        names = sorted(set(self._files.values())) or [WEIGHTS]
+        self._headers: dict[str, Header] = {name: read_header(self.path / name) for name in names}
+        self._check_places()
+        rows = {key: row for header in self._headers.values() for key, row in header.rows.items()}
+        self._files = self._files or dict.fromkeys(rows, WEIGHTS)
+        self.shapes: dict[str, tuple[int, ...]] = {key: row.shape for key, row in rows.items()}
+        self.dtypes: dict[str, str] = {key: row.dtype for key, row in rows.items()}
 
     def get(self, name: str) -> Tensor:
         """One tensor, from the disk at the moment it is asked for."""
-        with safe_open(self.path / self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        file = self._files[name]
+        with open_tensors(self.path / file, self._headers[file]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
         return tensor
 
     def _find(self) -> dict[str, str]:
-        """Tensor -> file of the folder; for a single file, filled in when its header is read."""
+        """Tensor -> file of the folder, as the index says; empty where a single file holds all."""
         if (self.path / INDEX).is_file():
+            where = str(self.path / INDEX)
             files = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(files, dict) or not files:
-                raise InterchangeError(f"{self.path / INDEX} has no weight_map")
-            for name in set(files.values()):
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise InterchangeError(
-                        f"{self.path / INDEX} names {name!r}, which is no file of the folder"
+                raise InterchangeError(f"{where} has no weight_map")
+            names = {check_file_name(name, where) for name in files.values()}
+            plain: dict[str, str] = {}
+            for name in sorted(names):
+                other = plain.setdefault(name.lower(), name)
+                if other != name:
+                    raise UnsafeInputError(
+                        f"{where} names {other} and {name}, which are one file on some disks"
                     )
-                if not (self.path / name).is_file():
+                if name.endswith(PICKLES):
+                    raise UnsafeInputError(f"{where} names {name}, a pickle, which is never opened")
+                if not (self.path / name).exists():
                     raise InterchangeError(f"{self.path} lacks {name}, which {INDEX} names; fetch it again")
             return dict(files)
-        if (self.path / WEIGHTS).is_file():
-            return {"": WEIGHTS}
-        pickled = sorted(file.name for pattern in _PICKLED for file in self.path.glob(pattern))
-        if pickled:
-            raise InterchangeError(
-                f"{self.path} holds its weights as {pickled[0]}, a pickle: loading one can run any code, so it is "
-                "refused. Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-            )
+        if (self.path / WEIGHTS).exists():
+            return {}
+        refuse_pickles(self.path, WEIGHTS)
         raise InterchangeError(f"{self.path} has no weights: neither {WEIGHTS} nor {INDEX}")
 
-    def _read_header(self, name: str) -> None:
-        single = self._files == {"": WEIGHTS}
-        try:
-            with safe_open(self.path / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
-                    part = file.get_slice(key)
-                    if single or self._files.get(key) == name:
-                        self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-        except SafetensorError as error:
-            raise InterchangeError(f"{self.path / name} is no readable safetensors file: {error}") from None
-        if single:
-            self._files = dict.fromkeys(self.shapes, name)
+    def _check_places(self) -> None:
+        """Each tensor lies in the one file that the index names for it."""
+        for name, header in self._headers.items():
+            for key in header.rows:
+                if self._files and self._files.get(key) != name:
+                    other = self._files.get(key)
+                    place = f"says that it is in {other}" if other else "does not know it"
+                    raise UnsafeInputError(
+                        f"{self.path / name} holds the tensor {key!r}, but {INDEX} {place}"
+                    )
+        lost = [key for key, name in self._files.items() if key not in self._headers[name].rows]
+        if lost:
+            raise InterchangeError(
+                f"{self.path / self._files[lost[0]]} lacks the tensor {lost[0]!r}, which {INDEX} names"
+            )

@@ -19,6 +19,7 @@ from stackwise.interop.facts import differences
 from stackwise.interop.families import family_of
 from stackwise.interop.family import Family, Settings
 from stackwise.interop.folder import CONFIG, ModelFolder
+from stackwise.interop.limits import check_finite_values, check_room, check_sizes
 from stackwise.interop.own import CAUSAL, MASKED, MODEL_TYPE, PREFIX, read_own
 from stackwise.interop.table import Row, file_shapes, row
 from stackwise.model.describe import rack_spec
@@ -52,18 +53,35 @@ def read_model(
     blocks_per_stack: int | None = None,
     tokenizer: str | None = None,
     watch: Callable[[int, int], None] | None = None,
+    check_finite: bool = False,
 ) -> Imported:
     """The model of a folder, or of a hub id, cut into `stacks` stacks or stacks of `blocks_per_stack` blocks.
 
     `tokenizer`: what `data.tokenizer` may name, in place of the folder's. `watch` is told tensors read and their total.
     Everything that does not fit is told at once before a tensor is read: keys of config.json that are not understood,
-    tensors that are missing, too many or of another shape (InterchangeError).
+    tensors that are missing, too many or of another shape (InterchangeError). What is not safe to read is an
+    UnsafeInputError, see `ModelFolder`. `check_finite`: weights that are NaN or infinite are an InterchangeError.
     """
     folder = ModelFolder(path)
     if folder.config.get("model_type") == MODEL_TYPE:
-        return _read_own(folder, stacks, blocks_per_stack, tokenizer, watch)
+        imported = _read_own(folder, stacks, blocks_per_stack, tokenizer, watch)
+    else:
+        imported = _read_family(folder, stacks, blocks_per_stack, tokenizer, watch)
+    if check_finite:
+        check_finite_values(imported.rack, folder.path)
+    return imported
+
+
+def _read_family(
+    folder: ModelFolder,
+    stacks: int | None,
+    blocks_per_stack: int | None,
+    tokenizer: str | None,
+    watch: Callable[[int, int], None] | None,
+) -> Imported:
     family = family_of(folder.config.get("model_type"), str(folder.path / CONFIG))
     check_architecture(family, folder)
+    check_sizes(family, folder)
     config = stackwise_config(family, folder.config, str(folder.path / CONFIG), stacks, blocks_per_stack)
     return _read(folder, family, config, rack_spec(config), tokenizer, watch)
 
@@ -113,6 +131,7 @@ def _read(
             f"{folder.path}: the tokenizer has {words.vocab_size} ids and the embedding {size} rows, so they do not "
             "belong together; name the right one by --tokenizer"
         )
+    check_room(spec, folder)
     with torch.device("meta"):
         rack = Rack(spec)
     own = family.model_type == MODEL_TYPE

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from stackwise.storage import ops
+from stackwise.storage.errors import DamagedFileError
+from stackwise.storage.header import Header, read_header
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Path:
@@ -21,17 +26,27 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, 
     return path
 
 
-def load_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and facts of a file. Missing: FileNotFoundError; damaged, or of another kind than asked: ValueError."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+@contextmanager
+def open_tensors(path: Path, header: Header | None = None) -> Iterator[Any]:
+    """A safetensors file, opened by the library after its header passed; `header`: what `read_header` gave before.
+
+    Raises FileNotFoundError, DamagedFileError for a file that is not whole, UnsafeInputError for what is refused.
+    """
+    if header is None:
+        read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+        raise DamagedFileError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def load_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of a file. Raises as `open_tensors`; of another kind than asked: ValueError."""
+    path = Path(path)
+    with open_tensors(path) as file:
+        facts = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if kind is not None and facts.get("kind") != kind:
         raise ValueError(f"{path} holds {facts.get('kind', 'no stackwise weights')!r}, not a {kind}")
     return tensors, facts

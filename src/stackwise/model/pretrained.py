@@ -6,12 +6,14 @@ or an id of the Hugging Face hub. Nothing in a folder is run or unpickled; of it
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stackwise.config.errors import ConfigError, Problem, did_you_mean
+from stackwise.storage.errors import DamagedFileError
+from stackwise.storage.header import read_header
+from stackwise.storage.regular import check_file_name, read_json, refuse_pickles
 
 KEY = "model.tokenizer_embedding.family"
 SHORT_NAMES = {
@@ -38,7 +40,6 @@ _EMBEDDED = (
 _HEADS = ("lm_head.weight", "cls.predictions.decoder.weight", "decoder.weight")
 NAMES = {"embed_tokens": _EMBEDDED, "lm_head": _HEADS}
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-_MOST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Table:
 
     def read(self) -> Any:
         """The tensor, in the dtype of the file."""
-        from safetensors import safe_open
+        from stackwise.model.files import open_tensors
 
-        with safe_open(self.file, framework="pt") as file:
+        with open_tensors(self.file) as file:
             return file.get_tensor(self.name)
 
 
@@ -81,13 +82,13 @@ def find_table(family: str, option: str = "embed_tokens") -> Table:
 
 
 def _header(family: str, path: Path, name: str) -> Table:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            shape = tuple(file.get_slice(name).get_shape())
-    except (SafetensorError, OSError) as error:
+        rows = read_header(path).rows
+    except (DamagedFileError, OSError) as error:
         raise ConfigError(Problem(KEY, f"cannot be read: {path} ({error})", family)) from None
+    if name not in rows:
+        raise ConfigError(Problem(KEY, f"cannot be read: {path} lacks {name}, which its index names", family))
+    shape = rows[name].shape
     if len(shape) != 2:
         raise ConfigError(Problem(KEY, f"holds {name} of shape {list(shape)}, which is no table", family))
     return Table(family, path, name, *shape)
@@ -101,7 +102,7 @@ class _Folder:
         self.config = self._json("config.json")
 
     def fetch(self, name: str) -> Path:
-        if Path(name).name != name or not (self.path / name).is_file():
+        if not (self.path / check_file_name(name, f"{self.path / _INDEX}")).is_file():
             raise ConfigError(Problem(KEY, f"has no file {name!r}", self.family))
         return self.path / name
 
@@ -116,27 +117,19 @@ class _Folder:
                 raise ConfigError(Problem(KEY, f"has an {_INDEX} without a weight_map", self.family))
             return {str(tensor): str(file) for tensor, file in listed.items()}
         if not self.has(_WEIGHTS):
+            refuse_pickles(self.path, _WEIGHTS)
             message = f"has no weights: neither {_WEIGHTS} nor {_INDEX} (pickled weights are not read)"
             raise ConfigError(Problem(KEY, message, self.family))
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self.fetch(_WEIGHTS), framework="pt") as file:
-                return dict.fromkeys(file.keys(), _WEIGHTS)
-        except SafetensorError as error:
+            return dict.fromkeys(read_header(self.fetch(_WEIGHTS)).rows, _WEIGHTS)
+        except DamagedFileError as error:
             raise ConfigError(Problem(KEY, f"holds a damaged {_WEIGHTS} ({error})", self.family)) from None
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.fetch(name)
-        if path.stat().st_size > _MOST:
-            raise ConfigError(Problem(KEY, f"has a {name} above {_MOST} bytes", self.family))
         try:
-            data = json.loads(path.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(Problem(KEY, f"has a {name} that is no JSON ({error})", self.family)) from None
-        if not isinstance(data, dict):
-            raise ConfigError(Problem(KEY, f"has a {name} that is no object", self.family))
-        return data
+            return read_json(self.fetch(name))
+        except DamagedFileError as error:
+            raise ConfigError(Problem(KEY, f"has a damaged {name} ({error})", self.family)) from None
 
 
 class _Hub(_Folder):
@@ -161,8 +154,7 @@ class _Hub(_Folder):
     def fetch(self, name: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError
 
-        if Path(name).name != name:
-            raise ConfigError(Problem(KEY, f"names {name!r}, which is no file of its own", self.family))
+        check_file_name(name, f"{_INDEX} of {self.family}")
         try:
             return Path(self._download(self.id, name))
         except (OSError, ValueError, EntryNotFoundError) as error:

@@ -1,1 +1,1 @@
-"""Files: every write to a disk, in one place."""
+"""Files: every write to a disk in one place, and what is read from elsewhere checked before anything is made of it."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.model.block import Block
+from stackwise.model.files import open_tensors
 from stackwise.storage import ops
+from stackwise.storage.errors import DamagedFileError
 
 WAYS_OUT = (
     "choose another training.progressive.cache_dir, or set training.progressive.trunk_residency to streamed, which "
@@ -99,7 +101,7 @@ def _replace(block: nn.Module, move: Callable[[str, Tensor], Tensor]) -> None:
 
 def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Write tensors to a file and map it. Writing into them would not reach the file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import save
 
     try:
@@ -107,9 +109,9 @@ def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # What was mapped from an old file of this name stays what it was.
         held = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         ops.write_atomic(file, [held], kind="text", mode=0o444)
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             return {name: opened.get_tensor(name) for name in tensors}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DamagedFileError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise OSError(
             f"cannot keep {size:,} bytes of frozen weights in {file}: {error}; make room, or {WAYS_OUT}"
