@@ -472,7 +472,27 @@ BROKEN = [
     (
         "training: {max_grad_norm: 0, on_nonfinite: skip, optimizer: {memory: fused}}",
         "training.on_nonfinite",
-        "allowed: stop; or set training.optimizer.memory to int8_nomaster",
+        "allowed: stop, rollback; or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {max_grad_norm: 0, spike_policy: skip, optimizer: {memory: fused}}",
+        "training.spike_policy",
+        "allowed: off, warn, rollback; or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {max_grad_norm: 0, recheck: true, deterministic: true, optimizer: {memory: fused}}",
+        "training.recheck",
+        "allowed: false; or set training.optimizer.memory to int8_nomaster",
+    ),
+    (
+        "training: {recheck: true}",
+        "training.recheck",
+        "set training.deterministic to true",
+    ),
+    (
+        "training: {recheck: true, deterministic: true, dtype: float16}",
+        "training.dtype",
+        "scales gradients, which training.recheck cannot compute again, got 'float16'; use bfloat16",
     ),
     (
         "training: {max_grad_norm: 0, dtype: float16, optimizer: {memory: fused}}",

@@ -12,7 +12,7 @@ class CheckpointSettings(Settings):
     save_interval: PositiveInt = 100
     """Steps between resume points. The end of a stage is always saved."""
     keep_last: PositiveInt = 5
-    """Resume points to keep, besides the stage ends."""
+    """Resume points to keep, besides the stage ends. `training.spike_policy: rollback` keeps as many more as it needs."""
     resume: PathText = "auto"
     """auto goes on with the run of this `run_id` where its stored configuration agrees; never starts only in an empty folder; a path resumes that run folder."""
     init_from: PathText | None = None

@@ -11,6 +11,7 @@ from stackwise.config import (
     cache_rules,
     embedding_rules,
     generation_rules,
+    guard_rules,
     model_rules,
     moe_rules,
     objective_rules,
@@ -240,6 +241,7 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ("data.bucketing", lambda c: c.data.packing, "packed rows are all as long"),
     ("data.doc_mask", lambda c: not c.data.packing, "without packing a row holds one document"),
     ("data.text_key", lambda c: c.data.source in ("stdlib", "text"), "the source has no fields"),
+    *guard_rules.INERT,
     *generation_rules.INERT,
 ]
 """Key, when it has no effect, and why."""

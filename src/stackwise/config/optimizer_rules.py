@@ -95,21 +95,6 @@ def fused_adds_no_gradients_up(config: StackWiseConfig) -> Problem | None:
     )
 
 
-@rule("training.optimizer.memory", "training.on_nonfinite")
-def fused_cannot_take_a_step_back(config: StackWiseConfig) -> Problem | None:
-    training = config.training
-    if training.optimizer.memory != "fused" or training.on_nonfinite == "stop":
-        return None
-    return Problem(
-        "training.on_nonfinite",
-        "needs steps that can be left out, and under training.optimizer.memory fused part of the step is taken when "
-        "a gradient turns out not to be finite",
-        training.on_nonfinite,
-        "stop",
-        "or set training.optimizer.memory to int8_nomaster",
-    )
-
-
 @rule(
     "training.optimizer.memory",
     "training.dtype",

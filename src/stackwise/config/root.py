@@ -15,6 +15,7 @@ from stackwise.config import (  # they add their rules
     embedding_rules,  # noqa: F401
     generation_rules,  # noqa: F401
     growth_rules,  # noqa: F401
+    guard_rules,  # noqa: F401
     model_rules,  # noqa: F401
     moe_rules,  # noqa: F401
     objective_rules,  # noqa: F401

@@ -25,7 +25,7 @@ POOL = 4096
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(s for s in (getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")) if s)
 
 
 def permutation(n: int, seed: int, epoch: int) -> SampleIds:
@@ -182,6 +182,11 @@ class TokenLoader:
         """Go to the batch that follows the first `batches` of the stream."""
         self.close()
         self._cursor = batches * self.batch_size * self.world_size
+
+    def skip(self, batches: int) -> None:
+        """Leave out the next batches."""
+        self.close()
+        self._cursor += batches * self.batch_size * self.world_size
 
     def reshape(self, seq_len: int | None, batch_size: int | None) -> None:
         """Hand out rows of another length, or another number of them; null: what the loader was made with.

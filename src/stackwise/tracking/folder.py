@@ -33,6 +33,7 @@ class RunFolder:
     ``plots/``              pictures (PNG)
     ``report.html``         the report, one file
     ``sample.txt``          the last text sampled
+    ``failures/step-<n>/``  the facts of a step that went wrong
     ======================  =====================================================
     """
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.plots = self.path / "plots"
         self.report = self.path / "report.html"
         self.sample = self.path / "sample.txt"
+        self.failures = self.path / "failures"
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> Self:
@@ -96,6 +98,17 @@ class RunFolder:
     def write_sample(self, text: str) -> None:
         ops.replace_text(self.sample, text if text.endswith("\n") else text + "\n")
 
+    def write_failure(self, facts: dict[str, Any], *, config: str) -> str:
+        """Keep what is known of the step that ``facts`` describe, beside the configuration; returns the folder."""
+        folder = self.failures / f"step-{facts['step']:09d}"
+        if folder.exists():  # the same step, in an earlier attempt
+            ops.remove_tree(folder)
+        text = json.dumps({**facts, "environment": environment()}, indent=2, ensure_ascii=False) + "\n"
+        with ops.appearing(folder) as part:
+            ops.replace_text(part / "facts.json", text)
+            ops.replace_text(part / "config.yaml", config)
+        return str(folder)
+
     def size_bytes(self) -> int:
         """Bytes of all files below the folder; a file that vanishes meanwhile counts nothing."""
         total = 0
@@ -129,6 +142,7 @@ class RunFolder:
                 self.plots,
                 self.report,
                 self.sample,
+                self.failures,
             )
             if path.exists() or path.is_symlink()
         ]

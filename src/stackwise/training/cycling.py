@@ -60,6 +60,11 @@ class CyclingLoader:
             raise ValueError("the data loader gives no batches")
         self.load_state_dict({"epoch": batches // count, "index": batches % count})
 
+    def skip(self, batches: int) -> None:
+        """Leave out the next batches."""
+        for _ in range(batches):
+            next(self)
+
     def reshape(self, seq_len: int | None, batch_size: int | None) -> None:
         """Batches have the shape that the loader gives them; a stage that asks for another is a ValueError."""
         if seq_len is not None or batch_size is not None:

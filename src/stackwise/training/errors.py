@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 
 class NumericError(ArithmeticError):
-    """A loss or gradient that is not finite; nothing of that step was applied."""
+    """Numbers that are not finite, or wrong; nothing of that step is in any commit."""
 
     exit_code = 5
+
+
+class GoBack(Exception):
+    """The numerics guard wants the run to go on from an earlier commit; `training.run` answers it."""
+
+    def __init__(self, message: str, *, steps: int, facts: dict[str, Any]) -> None:
+        """`steps`: how far back at least. `facts`: what is known of the step; see `Stepping._facts`."""
+        super().__init__(message)
+        self.steps, self.facts = steps, facts
 
 
 class IncompatibleResumeError(ValueError):

@@ -19,11 +19,12 @@ Event = dict[str, Any]
 class Loader(Protocol):
     """An endless stream of batches whose position can be saved.
 
-    `seek` goes to the batch after `batches` ones from the start; `reshape` changes rows and batches, null to the usual.
+    `seek` goes to the batch after `batches` ones from the start, `skip` leaves the next ones out; `reshape` changes rows and batches, null to the usual.
     """
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]: ...
     def seek(self, batches: int) -> None: ...
+    def skip(self, batches: int) -> None: ...
     def reshape(self, seq_len: int | None, batch_size: int | None) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -35,9 +36,11 @@ class Hooks:
 
     emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
     where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
+    failed: keeps the facts of a numeric failure and returns where, or null.
     """
 
     emit: Callable[[Event], None] = lambda event: None
     evaluate: Callable[..., dict[str, Any]] | None = None
     sample: Callable[[Rack], tuple[str, str]] | None = None
     save: Callable[[Engine, str | None], dict[str, Any]] | None = None
+    failed: Callable[[dict[str, Any]], str] | None = None

@@ -28,7 +28,8 @@ from stackwise.objectives.build import objective_of
 from stackwise.training import records
 from stackwise.training.consistency import consistency_of
 from stackwise.training.device import run_format
-from stackwise.training.errors import Interrupted
+from stackwise.training.errors import GoBack, Interrupted
+from stackwise.training.guard import Guard
 from stackwise.training.hooks import Hooks, Loader
 from stackwise.training.interrupt import InterruptGuard
 from stackwise.training.optim import Optimizers, OptimizerState, carried
@@ -65,6 +66,9 @@ class Engine(Stepping):
         self.rack = rack.to(device) if resident else rack  # what is streamed may not fit: `set_up` places it
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
+        self.guard = Guard(training, self.progress.guard)
+        if self.hooks.save is None:
+            self.guard.refuse_going_back()
         self.objective = objective or objective_of(config)
         self.run_format = run_format(config, dtype, device)
         self.identity, self.manager = identity, MemoryManager.of(config.training.progressive)
@@ -86,14 +90,22 @@ class Engine(Stepping):
     def run(self) -> list[dict[str, Any]]:
         """Run the stages that are left; returns the history, one entry per stage.
 
-        Raises NumericError when a loss or gradient is not finite (unless told to skip), and Interrupted after a
-        signal, once the state is saved.
+        Raises NumericError where the numerics guard stops the run, GoBack where it goes back to an earlier commit, and
+        Interrupted after a signal, once the state is saved.
         """
         done = False
         try:
             with InterruptGuard() as guard:
-                while self.progress.stage < len(self.stages):
-                    self._run_stage(self.stages[self.progress.stage], guard)
+                try:
+                    while self.progress.stage < len(self.stages):
+                        self._run_stage(self.stages[self.progress.stage], guard)
+                except GoBack as wish:
+                    if guard.signum is None:
+                        raise
+                    message = (
+                        f"stopped, and saved nothing after the commit of step {self._saved_step}: {wish}"
+                    )
+                    raise Interrupted(guard.signum, message) from None
             done = True
         finally:
             self.manager.close(remove=done)  # what a stopped run has stored serves when it is resumed
@@ -135,6 +147,9 @@ class Engine(Stepping):
         self.loader.reshape(stage.seq_len, stage.batch_size)
         if stage.data_start is not None:
             self.loader.seek(stage.data_start * training.gradient_accumulation_steps)
+        if p.guard.leap and p.guard.leap[0] == p.stage:
+            p.stage_batches = p.guard.leap[1]
+            self.loader.skip(p.stage_batches)
         self._batches = iter(self.loader)
         self._set_up(stage, followed)
         assert self.optimizers is not None
@@ -188,7 +203,7 @@ class Engine(Stepping):
         if self.setup.split.prefix_blocks or decision.warn:
             self.hooks.emit({"event": "note", "message": f"frozen trunk {decision.reason}"})
 
-    def restore(self, optimizer_state: dict[str, dict[str, Tensor]], scaler: dict[str, Any] | None) -> None:
+    def restore(self, optimizer_state: dict[str, dict[str, Tensor]]) -> None:
         """Rebuild what surrounds a loaded rack: split, optimizer and moments of the stage in progress."""
         training: set[str] = set()
         if self.progress.begun:
@@ -197,9 +212,15 @@ class Engine(Stepping):
             self.optimizers.load(optimizer_state)
             training = set(self.optimizers.names.values())
         self.parked = {name: held for name, held in optimizer_state.items() if name not in training}
-        if scaler:
-            self.scaler.load_state_dict(scaler)
-            self.has_scaled = True
+
+    def drop(self) -> None:
+        """Let go of weights and moments, which another engine will hold."""
+        del self.rack
+        self.optimizers, self.setup, self.parked = None, None, {}
+
+    def save_again(self) -> None:
+        """Save what was just restored, because something of it has changed."""
+        self._save(None)
 
     def _take_up(self, stage: Stage) -> None:
         """After a resume: do what followed the save that was loaded."""
@@ -260,6 +281,7 @@ class Engine(Stepping):
 
     def _save(self, pin: str | None) -> None:
         if self.hooks.save is not None:
+            self.refuse_what_is_not_finite()
             self._count_stored()
             fields = self.hooks.save(self, pin)
             p = self.progress

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from stackwise.training.guard import GuardState
+
 
 @dataclass
 class Progress:
@@ -19,7 +21,11 @@ class Progress:
     flops: float = 0.0
     seconds: float = 0.0
     skipped: int = 0
-    """Steps left out because their loss or gradient was not finite."""
+    """Steps left out by the numerics guard, and those whose scaled gradients were too large for float16."""
+    guard: GuardState = field(default_factory=GuardState)
+    """What the numerics guard remembers."""
+    stage_batches: int = 0
+    """Batches of this stage that were trained on or skipped."""
     stage_seconds: float = 0.0
     stage_tokens: int = 0
     stage_flops: float = 0.0
@@ -44,11 +50,12 @@ class Progress:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
-        return cls(**data)
+        return cls(**{**data, "guard": GuardState(**data.get("guard", {}))})
 
     def start_stage(self) -> None:
         """Reset what is counted per stage."""
-        self.begun, self.stage_step = True, 0
+        self.begun, self.stage_step, self.stage_batches = True, 0, 0
+        self.guard.start_stage()
         self.stage_seconds, self.stage_tokens, self.stage_flops = 0.0, 0, 0.0
         self.loss_first, self.loss_last, self.loss_sum, self.loss_count = None, None, 0.0, 0
         self.stores, self.stored = None, {}

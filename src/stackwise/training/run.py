@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypedDict
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,7 +24,6 @@ from stackwise.curriculum.joint import short_phase
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.data.corpus import Corpus
-from stackwise.data.errors import DataError
 from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.reference import reference_lines, tokens_besides
@@ -40,9 +40,10 @@ from stackwise.tracking.metrics import MetricsFile
 from stackwise.tracking.report import build_report
 from stackwise.training import state
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.errors import IncompatibleResumeError, Interrupted
+from stackwise.training.errors import GoBack, Interrupted
 from stackwise.training.hooks import Hooks
 from stackwise.training.loop import Engine
+from stackwise.training.resume import Where, commits_to_keep, go_back, restore
 from stackwise.training.samples import sample_text
 from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder
@@ -107,11 +108,16 @@ def train(
                 ]
             engine = Engine(resolved, rack, stages, loader, **where)
         else:
-            engine = _restore(resolved, loader, store, commit, metrics, where)
+            engine = restore(resolved, loader, store, commit, metrics, where)
         _announce(engine, tracker, notes, derived, corpus, commit)
         status = "failed"
         try:
-            engine.run()
+            while True:
+                try:
+                    engine.run()
+                    break
+                except GoBack as wish:
+                    engine = go_back(engine, wish, store, metrics, where)
             status = "done"
         except Interrupted:
             status = "stopped"
@@ -124,16 +130,6 @@ def train(
             if resolved.tracking.report if report is None else report:
                 build_report(folder.path)
     return _result(engine, folder, commit)
-
-
-class Where(TypedDict):
-    """What an engine needs besides the run itself."""
-
-    device: torch.device
-    dtype: torch.dtype
-    hooks: Hooks
-    identity: dict[str, str]
-    objective: Objective
 
 
 def identity_of(
@@ -196,41 +192,6 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _restore(
-    config: StackWiseConfig,
-    loader: TokenLoader,
-    store: Store,
-    commit: Commit,
-    metrics: MetricsFile,
-    where: Where,
-) -> Engine:
-    meta = state.read_meta(store, commit)
-    if "imported" in meta:
-        raise IncompatibleResumeError(
-            f"{store.root.parent} is an imported model, which has no training to go on with; give the run that starts "
-            "from it a training.run_id of its own"
-        )
-    stages, progress = state.stages_of(meta), state.progress_of(meta)
-    try:
-        if progress.begun:
-            stage = stages[progress.stage]
-            loader.reshape(stage.seq_len, stage.batch_size)
-        loader.load_state_dict(meta["loader"])
-    except DataError as error:
-        raise IncompatibleResumeError(str(error)) from None
-    metrics.cut_at(meta["metrics_bytes"])
-    engine = Engine(
-        config,
-        state.load_rack(store, commit, meta),
-        stages,
-        loader,
-        progress=progress,
-        **where,
-    )
-    engine.restore(state.load_optimizer_state(store, commit), meta["scaler"])
-    return engine
-
-
 def _hooks(
     config: StackWiseConfig,
     objective: Objective,
@@ -282,7 +243,7 @@ def _hooks(
             pin=pin,
             carried=state.full_precision_parts(engine, store.latest()),
         )
-        store.prune(config.checkpoint.keep_last)
+        store.prune(commits_to_keep(config))
         return {
             "commit": commit.id,
             "bytes_written": commit.bytes_written,
@@ -291,7 +252,8 @@ def _hooks(
         }
 
     samples = sample if writes_samples(config) else None
-    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=samples, save=save)
+    failed = partial(folder.write_failure, config=dump(config.to_dict()))
+    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=samples, save=save, failed=failed)
 
 
 def _announce(

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import MaxLen, MinLen
+from annotated_types import Ge, MaxLen, MinLen
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
@@ -12,6 +12,7 @@ from stackwise.config.types import (
     Allowed,
     BelowOne,
     Flag,
+    Int,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -127,8 +128,18 @@ class TrainingSettings(Settings):
     """Number format of the computation; weights and optimizer state stay float32. auto: bfloat16 where the device computes it natively, else float32."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this norm; 0 is off."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """On a loss or gradient that is not finite: stop the run, or skip and count the step."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """On a loss or gradient that is not finite. stop: end the run. skip: leave the step out, and stop after more than 10 of 1,000. rollback: leave it out, and after more than 10 of 1,000 go back to the last commit and skip the data since; stop where three times of that do not help."""
+    spike_policy: Literal["off", "warn", "skip", "rollback"] = "off"
+    """On a loss far above those before it. warn: note it. skip: leave the step out. rollback: go back to a commit `rollback_steps` earlier and skip the data since."""
+    spike_sigma: PositiveFloat = 6.0
+    """Standard deviations above the mean of the window from which a loss is a spike."""
+    spike_window: Annotated[Int, Ge(4)] = 128
+    """Losses of the stage, spikes excepted, that a new one is held against; judged once half of them are there."""
+    rollback_steps: PositiveInt = 100
+    """How far a spike goes back at least: to the newest commit so old, or the oldest of the stage."""
+    recheck: Flag = False
+    """Compute a step again when its loss or gradient is not finite or spikes. Another result means that the hardware is faulty, and the run stops."""
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Course of the learning rate in each stage, after the warm-up; wsd holds it and decays at the end."""
     warmup_steps: NonNegativeInt = 0

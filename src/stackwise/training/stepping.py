@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,12 +21,30 @@ from stackwise.training.balance import Balance
 from stackwise.training.consistency import Aim, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in
-from stackwise.training.errors import NumericError
+from stackwise.training.errors import GoBack, NumericError
+from stackwise.training.finite import not_finite
+from stackwise.training.guard import Guard, Verdict
 from stackwise.training.hooks import Hooks, Loader
 from stackwise.training.optim import Optimizers
 from stackwise.training.progress import Progress
 from stackwise.training.schedule import stage_factor
 from stackwise.training.stage_setup import StageSetup
+
+LOWER = (
+    "lower training.optimizer.lr, raise training.warmup_steps, or set training.on_nonfinite to skip or rollback "
+    "(a run goes on with other settings by --allow-change)"
+)
+LOWEST_SCALE = 1.0
+"""Of the loss in float16. Gradients that overflow even so are too large by themselves."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Loss and gradient norm of a step as numbers, and the norm as it is on the device."""
+
+    loss: float
+    norm: float
+    norm_tensor: Tensor
 
 
 class Stepping:
@@ -32,19 +52,21 @@ class Stepping:
 
     config: StackWiseConfig
     rack: Rack
+    stages: list[Stage]
     loader: Loader
     objective: Objective
     device: torch.device
     dtype: torch.dtype
     hooks: Hooks
     progress: Progress
+    guard: Guard
     setup: StageSetup | None
     optimizers: Optimizers | None
     scaler: torch.amp.GradScaler
     scaling: bool
     """Whether the loss is scaled in this stage."""
-    lr: float
-    grad_norm: float
+    lr: float = 0.0
+    grad_norm: float = 0.0
     balance: Balance
     _batches: Iterator[Mapping[str, Tensor]]
     _rows_per_chunk: int | None
@@ -64,41 +86,69 @@ class Stepping:
         # One divisor for the whole step, so that the loss does not depend on how it is cut into micro-batches.
         weight = torch.stack([self.objective.weight(example) for example in examples]).sum().clamp_min(1)
         aims = self._aims(batches, weight)
-        self.balance = Balance(self.rack, examples, self.scaler if self.scaling else None)
-        total = torch.zeros((), device=self.device)
         counted = StepBytes(self.rack) if p.stage_step == 0 else None
         with nullcontext() if counted is None else counted.counting():
-            for index, example in enumerate(examples):
-                if self._has_dropout:
-                    key = (draw, index)
-                    torch.manual_seed(keyed_generator(training.seed, "dropout", *key).initial_seed())
-                loss = self._loss(example, aims[index] if aims else None) / weight
-                self._read_ahead(stage, batches[index + 1 :])
-                with optimizers.in_backward():
-                    (self.scaler.scale(loss) if self.scaling else loss).backward()
-                total += loss.detach()
+            found = self._gradients(stage, draw, batches, examples, aims, weight)
+        verdict = self._judge(found)
+        if verdict.why and training.recheck:
+            optimizers.zero_grad()
+            again = self._gradients(stage, draw, batches, examples, aims, weight)
+            if repr((again.loss, again.norm)) != repr((found.loss, found.norm)):
+                why = (
+                    f"computed twice from the same weights and batch, the loss is {found.loss!r} and {again.loss!r}, "
+                    f"the gradient norm {found.norm!r} and {again.norm!r}: the hardware is suspect"
+                )
+                verdict = Verdict("stop", why, hardware=True)
+        p.stage_step += 1
+        p.step += 1
+        p.stage_batches += len(batches)
+        if verdict.action == "apply":
+            limit = training.max_grad_norm or math.inf
+            if found.norm > limit:
+                optimizers.clip(limit, found.norm_tensor)
+            self._apply(optimizers)
+            self.balance.settle()
+            self._note_loss(found.loss)
+            if verdict.why:
+                self.hooks.emit({"event": "note", "message": f"{self._place(stage)}: {verdict.why}"})
+        else:
+            self._leave_out(stage, verdict, found, batches)
+        if counted is not None:
+            p.bytes = counted.result(optimizers)
+        optimizers.zero_grad()
+        self.grad_norm = found.norm
+        tokens = sum(example.input_ids.numel() for example in examples)
+        self._note_cost(tokens, time.perf_counter() - started)
+
+    def _gradients(
+        self,
+        stage: Stage,
+        draw: int,
+        batches: list[Mapping[str, Tensor]],
+        examples: list[Example],
+        aims: list[Aim],
+        weight: Tensor,
+    ) -> _Found:
+        """Forward and backward pass of all micro-batches."""
+        optimizers = self.optimizers
+        assert optimizers is not None
+        self.balance = Balance(self.rack, examples, self.scaler if self.scaling else None)
+        total = torch.zeros((), device=self.device)
+        for index, example in enumerate(examples):
+            if self._has_dropout:
+                key = (draw, index)
+                torch.manual_seed(keyed_generator(self.config.training.seed, "dropout", *key).initial_seed())
+            loss = self._loss(example, aims[index] if aims else None) / weight
+            self._read_ahead(stage, batches[index + 1 :])
+            with optimizers.in_backward():
+                (self.scaler.scale(loss) if self.scaling else loss).backward()
+            total += loss.detach()
         if self.scaling:
             for optimizer in optimizers.optimizers:
                 self.scaler.unscale_(optimizer)
         norm = optimizers.gradient_norm()
         loss_value, norm_value = torch.stack((total, norm.to(total))).tolist()
-        p.stage_step += 1
-        p.step += 1
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
-            limit = training.max_grad_norm or math.inf
-            if norm_value > limit:
-                optimizers.clip(limit, norm)
-            self._apply(optimizers)
-            self.balance.settle()
-            self._note_loss(loss_value)
-        else:
-            self._not_finite(stage, loss_value, norm_value)
-        if counted is not None:
-            p.bytes = counted.result(optimizers)
-        optimizers.zero_grad()
-        self.grad_norm = norm_value
-        tokens = sum(example.input_ids.numel() for example in examples)
-        self._note_cost(tokens, time.perf_counter() - started)
+        return _Found(loss_value, norm_value, norm)
 
     def _read_ahead(self, stage: Stage, rest: list[Mapping[str, Tensor]]) -> None:
         """Begin to read the stored outputs of the next micro-batch, while gradients of this one are computed."""
@@ -132,24 +182,90 @@ class Stepping:
             self.scaler.step(optimizer)
         self.scaler.update()
 
-    def _not_finite(self, stage: Stage, loss: float, norm: float) -> None:
-        """Stop or skip; in either case the step changes nothing."""
+    def _judge(self, found: _Found) -> Verdict:
+        """What to do with the step. Scaled gradients too large for float16 are part of finding their scale."""
+        overflows = self.scaling and math.isfinite(found.loss) and not math.isfinite(found.norm)
+        if overflows and (scale := self.scaler.get_scale()) > LOWEST_SCALE:
+            return Verdict("skip", f"gradients overflow at a loss scale of {scale:g}")
+        return self.guard.judge(self.progress.step + 1, found.loss, found.norm)
+
+    def _leave_out(
+        self, stage: Stage, verdict: Verdict, found: _Found, batches: list[Mapping[str, Tensor]]
+    ) -> None:
+        """Skip the step, go back or stop. In any case it changes nothing that is saved."""
         assert self.optimizers is not None
-        p = self.progress
+        facts = {} if verdict.action == "skip" else self._facts(stage, verdict, found, batches)
         self.optimizers.zero_grad()
         if self.scaling:
             self.scaler.update()
-        what = f"loss {loss}, gradient norm {norm}"
-        where = f"step {p.step}, stage {p.stage + 1} ({stage.name}), learning rate {self.lr:.3g}"
-        if self.config.training.on_nonfinite == "skip" or self.scaling:
-            p.skipped += 1
-            self.hooks.emit({"event": "note", "message": f"skipped {where}: {what} ({p.skipped} so far)"})
-            return
+        if verdict.action != "skip":
+            self._end(stage, verdict, facts)
+        self.progress.skipped += 1
+        message = f"skipped {self._place(stage)}: {verdict.why} ({self.progress.skipped} so far)"
+        self.hooks.emit({"event": "note", "message": message})
+
+    def refuse_what_is_not_finite(self) -> None:
+        """Look at everything that has trained, before it is saved: a commit holds numbers only."""
+        assert self.optimizers is not None
+        named = {name: p for p, name in self.optimizers.names.items()}
+        moments = {
+            f"{moment} of {name}": tensor
+            for name, held in self.optimizers.state().items()
+            for moment, tensor in held.items()
+        }
+        if bad := not_finite([*named.items(), *moments.items()]):
+            stage = self.stages[self.progress.stage]
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            why = f"{bad[0]}{more} would be saved with numbers that are not finite"
+            verdict = self.guard.refuse(self.progress.step, why)
+            self._end(stage, verdict, self._facts(stage, verdict, None, []))
+
+    def _end(self, stage: Stage, verdict: Verdict, facts: dict[str, Any]) -> NoReturn:
+        """Go back, or stop."""
+        what = f"{self._place(stage)}, learning rate {self.lr:.3g}: {verdict.why}"
+        if verdict.action == "rollback":
+            steps = self.config.training.rollback_steps if verdict.spike else 0
+            raise GoBack(what, steps=steps, facts=facts)
+        advice = "train on another machine, and have this one checked" if verdict.hardware else LOWER
+        raise self.numeric_error(what, facts, advice)
+
+    def numeric_error(self, what: str, facts: dict[str, Any], advice: str = LOWER) -> NumericError:
+        """The error that ends the run, once the facts are written down."""
+        kept = "" if self.hooks.failed is None else f"The facts are in {self.hooks.failed(facts)}. "
         intact = f"The commit of step {self._saved_step} is intact; " if self._saved_step >= 0 else ""
-        raise NumericError(
-            f"not finite at {where}: {what}. {intact}lower training.optimizer.lr, raise "
-            "training.warmup_steps, or set training.on_nonfinite=skip"
-        )
+        return NumericError(f"stopped at {what}. {kept}{intact}{advice}")
+
+    def _place(self, stage: Stage) -> str:
+        return f"step {self.progress.step}, stage {self.progress.stage + 1} ({stage.name})"
+
+    def _facts(
+        self, stage: Stage, verdict: Verdict, found: _Found | None, batches: list[Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """What is needed to compute the step again from the last commit, JSON-able. `found` null: after the step."""
+        assert self.optimizers is not None
+        p = self.progress
+        grads = {name: q.grad for q, name in self.optimizers.names.items() if q.grad is not None}
+        return {
+            "step": p.step,
+            "stage": p.stage,
+            "stage_name": stage.name,
+            "stage_step": p.stage_step,
+            "why": verdict.why,
+            "loss": None if found is None else repr(found.loss),
+            "gradient_norm": None if found is None else repr(found.norm),
+            "gradients_not_finite": not_finite(grads.items()),
+            "weights_not_finite": not_finite(self.rack.named_parameters()),
+            "lr": self.lr,
+            "loss_scale": self.scaler.get_scale() if self.scaling else None,
+            "batches": [
+                {name: batch[name].tolist() for name in ("sample_ids", "draws", "places") if name in batch}
+                for batch in batches
+            ],
+            "last_losses": p.guard.window,
+            "failed_steps": p.guard.failed,
+            "rollbacks": p.guard.rollbacks,
+            "commit_of_step": self._saved_step if self._saved_step >= 0 else None,
+        }
 
     def _note_loss(self, loss: float) -> None:
         p = self.progress
