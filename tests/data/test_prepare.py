@@ -248,7 +248,7 @@ def test_a_failed_preparation_leaves_nothing_and_the_next_one_works(rows, tmp_pa
             lambda path: path.write_text(
                 '{"format": "stackwise-tokenizer", "version": 1, "kind": "char", "characters": "ab", "separated": true}'
             ),
-            "not the tokenizer the corpus was made with",
+            "not the tokenizer that was stored here",
         ),
     ],
 )

@@ -138,13 +138,9 @@ class Corpus:
                 where=str(path),
                 hint=_AGAIN.format(folder),
             ) from error
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        if tokenizer.hash != tokenizer_hash:
-            raise DamagedDataError(
-                "this is not the tokenizer the corpus was made with",
-                where=str(folder / "tokenizer.json"),
-                hint=_AGAIN.format(folder),
-            )
+        tokenizer = load_tokenizer(
+            folder / "tokenizer.json", expected=str(tokenizer_hash), hint=_AGAIN.format(folder)
+        )
         return cls(folder, manifest, tokenizer, splits[0], splits[1], reused)
 
     def verify(self) -> None:

@@ -18,7 +18,10 @@ import numpy.typing as npt
 
 from stackwise.config.errors import did_you_mean
 from stackwise.data.errors import DamagedDataError, DataError
+from stackwise.data.tokenizer_rules import checked, probe
 from stackwise.storage import ops
+from stackwise.storage.errors import UnsafeInputError
+from stackwise.storage.regular import read_json
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -44,6 +47,11 @@ _MASK_NAMES = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
 _OWN_FORMAT = "stackwise-tokenizer"
 _PIECE = 1 << 20
 """Characters encoded at a time: a library `Encoding` takes some 100 bytes per token."""
+
+
+def _hash(definition: dict[str, Any]) -> str:
+    canonical = json.dumps(definition, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Tokenizer(ABC):
@@ -80,8 +88,7 @@ class Tokenizer(ABC):
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of the canonical definition, in hex."""
-        canonical = json.dumps(self.definition(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _hash(self.definition())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens. Raises: DataError for text the vocabulary cannot spell."""
@@ -201,7 +208,12 @@ class LibraryTokenizer(Tokenizer):
     def __init__(self, content: str) -> None:
         from tokenizers import Tokenizer as Library
 
-        library = Library.from_str(content)
+        try:
+            library = Library.from_str(content)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UnsafeInputError(f"the tokenizer ends the library that loads it: {error}") from None
         # What a file made for inference may ask for would silently shorten a document.
         library.no_truncation()
         library.no_padding()
@@ -225,7 +237,15 @@ class LibraryTokenizer(Tokenizer):
         return self._definition
 
     def _ids(self, text: str, start: int) -> Ids:
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.uint32)
+        try:
+            return np.array(self._library.encode(text, add_special_tokens=False).ids, np.uint32)
+        except BaseException as error:
+            # A pattern that gives up inside of the library is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UnsafeInputError(
+                f"the tokenizer cannot encode the text at character {start}: {error}"
+            ) from None
 
     def _cut(self, text: str, stop: int) -> int:
         # A token hardly ever spans the end of a line, so a long document is cut there.
@@ -236,28 +256,35 @@ class LibraryTokenizer(Tokenizer):
         return str(self._library.decode(ids, skip_special_tokens=True))
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike[str], *, foreign: bool = False, expected: str | None = None, hint: str = ""
+) -> Tokenizer:
     """The tokenizer of a file, or of the `tokenizer.json` in a folder.
 
-    Raises: FileNotFoundError; DamagedDataError when the file is broken.
+    `foreign`: the file comes from elsewhere, so the library reads it in a limited process of its own first. `expected`:
+    the `Tokenizer.hash` it must have, compared before the library reads it; `hint`: what to do about another. Raises: FileNotFoundError;
+    DamagedDataError when the file is broken or another one; UnsafeInputError for what must not be loaded.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
-        content = file.read_bytes().decode("utf-8")
-        definition = json.loads(content)
-        if not isinstance(definition, dict):
-            raise TypeError("not a JSON object")
-        if definition.get("format") != _OWN_FORMAT:
-            return LibraryTokenizer(content)
-        if definition["version"] != 1:
-            raise ValueError(f"version {definition['version']!r} was written by a newer release")
-        if definition["kind"] == "byte":
-            return ByteTokenizer()
-        if definition["kind"] == "char":
-            return CharTokenizer(definition["characters"], separated=definition["separated"])
-        raise ValueError(f"unknown kind {definition['kind']!r}")
-    except FileNotFoundError:
+        definition = read_json(file)
+        if expected is not None and _hash(definition) != expected:
+            raise DamagedDataError(
+                "this is not the tokenizer that was stored here: its SHA-256 is another",
+                where=str(file),
+                hint=hint,
+            )
+        if definition.get("format") == _OWN_FORMAT:
+            return _own(definition)
+        if "model" not in definition:
+            raise ValueError("it has no model")
+        definition = checked(definition, str(file))
+        content = json.dumps(definition, ensure_ascii=False)
+        if foreign:
+            probe(content, str(file))
+        return LibraryTokenizer(content)
+    except (FileNotFoundError, UnsafeInputError, DamagedDataError):
         raise
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise DamagedDataError(
@@ -265,6 +292,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             where=str(file),
             hint="write it again with `stackwise tokenizer train`, or fetch it again",
         ) from error
+
+
+def _own(definition: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a file in our own format."""
+    if definition["version"] != 1:
+        raise ValueError(f"version {definition['version']!r} was written by a newer release")
+    if definition["kind"] == "byte":
+        return ByteTokenizer()
+    if definition["kind"] == "char":
+        characters, separated = definition["characters"], definition["separated"]
+        if not isinstance(characters, str) or not isinstance(separated, bool):
+            raise TypeError("characters must be a text and separated true or false")
+        return CharTokenizer(characters, separated=separated)
+    raise ValueError(f"unknown kind {definition['kind']!r}")
 
 
 def open_tokenizer(name: str) -> Tokenizer:
@@ -277,7 +318,7 @@ def open_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name).expanduser()
     if path.exists():
-        return load_tokenizer(path)
+        return load_tokenizer(path, foreign=True)
     if name.endswith(".json") or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
             f"data.tokenizer: there is no file {name!r}; allowed: byte, char, the path of a tokenizer.json,"
@@ -289,9 +330,9 @@ def open_tokenizer(name: str) -> Tokenizer:
     from huggingface_hub import hf_hub_download
 
     try:
-        return load_tokenizer(hf_hub_download(name, "tokenizer.json"))
+        return load_tokenizer(hf_hub_download(name, "tokenizer.json"), foreign=True)
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, DataError | UnsafeInputError):
             raise
         raise DataError(
             f"data.tokenizer: {name!r} is no file here and cannot be fetched from the Hugging Face hub ({error})",

@@ -306,6 +306,6 @@ def _tokenizer(folder: ModelFolder, named: str | None) -> Tokenizer:
             "installed: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     try:
-        return load_tokenizer(folder.path)
+        return load_tokenizer(folder.path, foreign=True)
     except DataError as error:
         raise InterchangeError(str(error)) from None

@@ -83,7 +83,12 @@ def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
     meta = state.read_meta(store, chosen)
     rack = state.load_rack(store, chosen, meta).eval()
     config = StackWiseConfig.from_yaml(folder.config)
-    return OpenRun(folder, config, rack, load_tokenizer(folder.tokenizer), chosen, meta)
+    tokenizer = load_tokenizer(
+        folder.tokenizer,
+        expected=meta.get("tokenizer"),
+        hint="put back the file that the run was trained with: with other ids every text means something else",
+    )
+    return OpenRun(folder, config, rack, tokenizer, chosen, meta)
 
 
 def open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | None]:
