@@ -33,6 +33,13 @@ def _kills(asked: argparse.Namespace) -> dict[str, Any]:
     return kills.run(asked.kills, asked.seed, seconds=asked.seconds, first=asked.first, disk=asked.disk)
 
 
+def _power(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import power, power_work
+
+    works = [work for work in power_work.WORKS if asked.work in (None, work.name)]
+    return power.run(asked.states, asked.seed, seconds=asked.seconds, works=works, first=asked.first)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault. `count`: the option that says how many, with its value here and in the long run."""
@@ -44,7 +51,10 @@ class Kind:
     long: int = 0
 
 
-KINDS = {"kills": Kind(_kills, "kill -9 at random times", "kills", 200, 10_000)}
+KINDS = {
+    "kills": Kind(_kills, "kill -9 at random times", "kills", 200, 10_000),
+    "power": Kind(_power, "power loss at every moment, modelled", "states", 2_000, 50_000),
+}
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +67,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first", type=int, default=0, help="number of the first run or draw, to repeat a miss"
     )
+    parser.add_argument("--work", help="only the work of this name, for power")
     parser.add_argument("--disk", type=Path, help="folder on a disk, for what must not be in memory")
     parser.add_argument("--out", type=Path, help="folder of the records")
     for name, kind in KINDS.items():

@@ -23,8 +23,8 @@ from stackwise.tracking.metrics import read_metrics
 P = "training.progressive."
 TIMES = {"seconds", "stage_seconds", "time", "tokens_per_s", "rss_bytes", "peak_rss_bytes"}
 """Names of fields that differ between two runs of one config, wherever they stand."""
-UNSETTLED = {"metrics_bytes", "stored"}
-"""What else may differ: the size of a file in which times are written, and what the activation caches hold and were asked
+UNSETTLED = {"metrics_bytes", "metrics_sha256", "stored"}
+"""What else may differ: size and hash of a file in which times are written, and what the activation caches hold and were asked
 for, since a process that is killed loses the part in its memory, and computes it again."""
 EVENTS = ("step", "eval", "stage_end", "sample")
 """Events of which a run that was stopped has each one once, like any other."""

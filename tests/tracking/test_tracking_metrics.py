@@ -160,3 +160,45 @@ def test_any_text_is_one_line(tmp_path):
 def test_no_file_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "zeros", "gone"])
+def test_a_log_that_is_not_the_one_of_the_commit_is_set_aside_and_told(tmp_path, events, damage):
+    sink = MetricsFile(tmp_path)
+    for event in events[:8]:
+        sink.emit(event)
+    kept = sink.settle()
+    for event in events[8:]:
+        sink.emit(event)
+    sink.close()
+    whole = sink.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    if damage == "flip":
+        lines[4] = lines[4].replace(b"1700000000", b"1700000001")
+    elif damage == "cut":
+        lines = lines[:3]
+    elif damage == "zeros":
+        lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"
+    changed = b"".join(lines) if damage != "gone" else b""
+    sink.path.unlink() if damage == "gone" else sink.path.write_bytes(changed)
+    found = MetricsFile(tmp_path, kept)
+    assert str(sink.path) in found.problem
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_bytes() == changed[: kept["metrics_bytes"]]
+    left = read_metrics(tmp_path).events
+    expected = {"flip": 8, "cut": 3, "zeros": 7, "gone": 0}[damage]
+    assert len(left) == expected
+    assert MetricsFile(tmp_path, found.settle()).problem is None
+
+
+def test_what_was_logged_after_the_commit_is_dropped_unread(tmp_path, events):
+    sink = MetricsFile(tmp_path)
+    for event in events[:8]:
+        sink.emit(event)
+    kept = sink.settle()
+    sink.close()
+    with open(sink.path, "ab") as file:
+        file.write(b"\0" * 30 + b"\n" + sink.path.read_bytes()[:200])
+    found = MetricsFile(tmp_path, kept)
+    assert found.problem is None
+    assert read_metrics(tmp_path).events == events[:8]
+    assert found.settle() == kept

@@ -137,6 +137,7 @@ class RunFolder:
                 self.config,
                 self.environment,
                 self.metrics,
+                *self.path.glob("metrics.damaged-*.jsonl"),
                 self.tokenizer,
                 self.store,
                 self.plots,

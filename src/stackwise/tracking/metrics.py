@@ -7,6 +7,8 @@ without a step belongs to the step of the event before it.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -75,17 +77,48 @@ def read_metrics(path: str | Path, *, strict: bool = True) -> MetricsLog:
 class MetricsFile:
     """The sink that appends events to ``metrics.jsonl`` in a run folder.
 
-    Opening an existing file drops a torn last line and takes up after the rest. Every event is flushed; after
-    checkpoints and at the ends of stages and of the run the file is also synced to disk. Events whose step falls
-    behind raise ``MetricsError``: the caller resumed without ``cut_after``.
+    Opening an existing file drops a torn last line and takes up after the rest. Every event is flushed; before
+    checkpoints (``settle``), after them, and at the ends of stages and of the run the file is also synced to disk.
+    Events whose step falls behind raise ``MetricsError``: the caller resumed without ``cut_after``.
+
+    ``kept``: what ``settle`` gave to the commit that is resumed. What was logged later is dropped unread: a power loss
+    may have damaged it. A file that does not hold what the commit was made with is set aside, the lines that can still
+    be read go on, and ``problem`` says so; null otherwise.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, kept: Mapping[str, Any] | None = None) -> None:
         self.path = _file(Path(run_dir) / FILE_NAME)
+        self.problem: str | None = None
         self._last_step = 0
         self._last_logged_step = 0  # of "step" events, which must rise strictly
         self._log = ops.Log(self.path)
+        if kept is not None and "metrics_bytes" in kept:
+            self._log.cut(kept["metrics_bytes"])
+            self._check(kept)
         self._log.cut(self._scan(None))
+        self._hash = self._hash_again()
+
+    def _check(self, kept: Mapping[str, Any]) -> None:
+        content, sha256 = self.path.read_bytes(), kept.get("metrics_sha256")
+        if sha256 is None or hashlib.sha256(content).hexdigest() == sha256:
+            return
+        number = itertools.count(1)
+        aside = next(
+            p for n in number if not (p := self.path.with_name(f"metrics.damaged-{n}.jsonl")).exists()
+        )
+        ops.write_atomic(aside, [content], kind="text")
+        good = [
+            line for line in content.splitlines(keepends=True) if line[-1:] == b"\n" and not _parse(line)[1]
+        ]
+        self._log.close()
+        ops.write_atomic(self.path, [b"".join(good)], kind="text")
+        ops.sync_dir(self.path.parent)
+        self._log = ops.Log(self.path)
+        self.problem = (
+            f"{self.path} was changed: it does not hold the {kept['metrics_bytes']:,} bytes that the commit was made "
+            f"with. It was copied to {aside.name}, and the {len(good)} lines that can be read go on; a figure in them "
+            "may be another one. The model does not depend on it."
+        )
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Append one event and flush it."""
@@ -100,7 +133,9 @@ class MetricsFile:
             self._note_step(event)
         line = json.dumps(_encode(event), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         # errors="backslashreplace": a lone surrogate in a sample must not end the run
-        self._log.append(line.encode("utf-8", errors="backslashreplace") + b"\n")
+        data = line.encode("utf-8", errors="backslashreplace") + b"\n"
+        self._log.append(data)
+        self._hash.update(data)
         if event["event"] in _DURABLE:
             self._log.sync()
 
@@ -111,16 +146,26 @@ class MetricsFile:
         """
         before = sum(1 for _ in _lines(self.path))
         self._log.cut(self._scan(step))
+        self._hash = self._hash_again()
         return before - sum(1 for _ in _lines(self.path))
 
     def size(self) -> int:
         """Bytes written so far; `cut_at` goes back to this point."""
         return self._log.size
 
+    def settle(self) -> dict[str, Any]:
+        """Put what was logged on the disk, and say what it is: a commit notes it, and `kept` takes it."""
+        self._log.sync()
+        return {"metrics_bytes": self._log.size, "metrics_sha256": self._hash.hexdigest()}
+
     def cut_at(self, size: int) -> None:
         """Drop everything written after the file was `size` bytes long; a shorter file is left as it is."""
         self._log.cut(size)
         self._log.cut(self._scan(None))
+        self._hash = self._hash_again()
+
+    def _hash_again(self) -> Any:
+        return hashlib.sha256(self.path.read_bytes())
 
     def close(self) -> None:
         """Sync and close; closing twice is allowed."""

@@ -80,7 +80,7 @@ def train(
         stack.callback(loader.close)
         folder, store, commit = open_folder(resolved)
         stack.enter_context(store.lock())
-        metrics = MetricsFile(folder.path)
+        metrics = MetricsFile(folder.path, None if commit is None else store.meta(commit))
         listed = [ConsoleProgress()] if sinks is None else sinks
         tracker = stack.enter_context(Tracker([metrics, *listed]))
         folder.write_config(dump(resolved.to_dict()))
@@ -110,6 +110,8 @@ def train(
         else:
             engine = restore(resolved, loader, store, commit, metrics, where)
         _announce(engine, tracker, notes, derived, corpus, commit)
+        if metrics.problem is not None:
+            tracker.emit({"event": "note", "message": metrics.problem})
         status = "failed"
         try:
             while True:
@@ -235,7 +237,8 @@ def _hooks(
 
     def save(engine: Engine, pin: str | None) -> dict[str, Any]:
         started = time.perf_counter()
-        extra = {"metrics_bytes": metrics.size(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+        # the log first: a commit that is durable must not have lost the lines of its own steps
+        extra = {**metrics.settle(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
         commit = store.commit(
             state.parts_of(engine),
             state.meta_of(engine, extra),
