@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from stackwise.config.load import apply_overrides
 from stackwise.config.resolve import resolve
 from stackwise.config.rules import broken_rules
 from stackwise.config.schema import schema_rows
-from stackwise.config.shape import alternatives, item_section_of, section_of
+from stackwise.config.shape import alternatives, dotted, item_section_of, nearest_key, section_of, walk
 from stackwise.config.types import OneOf
 
 
@@ -49,11 +51,10 @@ def test_numbers_flags_and_text_read_as_they_look(tmp_path):
     assert config.training.max_steps == 1000
     assert parse_value("1e-4") == 1e-4
     assert parse_value("1_000") == 1000
-    assert parse_value("010") == 10
     assert parse_value("0x10") == 16
     assert parse_value(".5") == 0.5
     assert parse_value("-.inf") == -math.inf
-    for text in ("yes", "on", "2020-01-01", "1:30", "none", "e5", "1.2.3"):
+    for text in ("2020-01-01", "1:75", "none", "e5", "1.2.3", "nope", "on time"):
         assert parse_value(text) == text
     assert parse_value("null") is None
     assert parse_value("~") is None
@@ -65,9 +66,82 @@ def test_a_whole_number_serves_as_a_rate(tmp_path):
     assert isinstance(config.generation.temperature, float)
 
 
-def test_a_byte_order_mark_and_an_alias_are_read(tmp_path):
-    config = read(tmp_path, "\ufefftraining: {new_stack_lr: &rate 3e-4, trunk_lr: *rate}")
-    assert config.training.trunk_lr == 3e-4
+def test_a_byte_order_mark_is_read(tmp_path):
+    config = read(tmp_path, "\ufefftraining: {new_stack_lr: &rate 3e-4}")
+    assert config.training.new_stack_lr == 3e-4
+
+
+LITERALS: list[tuple[str, Any]] = [
+    *(
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_000", 1000),
+        ("0", 0),
+    ),
+    *(("-0", 0), ("0x1F", 31), ("+7", 7), ("0.5", 0.5), (".inf", math.inf), ("true", True), ("False", False)),
+    *(
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("y", "y"),
+        ("n", "n"),
+        ("0o17", "0o17"),
+        ("2020-01-01", "2020-01-01"),
+    ),
+    *(("'no'", "no"), ('"017"', "017"), ("'12:30'", "12:30"), ("1:99", "1:99"), ("1e", "1e"), ("0b1", "0b1")),
+]
+REFUSED = [
+    *("no", "No", "NO", "yes", "Yes", "on", "On", "off", "OFF"),
+    *("017", "00", "-07", "0_1", "12:30", "1:2:3", "-1:30", "12:30.5", "1e999"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), LITERALS)
+def test_a_literal_is_what_it_looks_like(text: str, value: Any) -> None:
+    found = parse_value(text)
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_literal_that_readers_take_in_different_ways_is_refused_with_a_way_out(text: str) -> None:
+    document = parse(f"a: 1\nb: {text}\nc: ['{text}', \"{text}\"]", "f.yaml")
+    (problem,) = document.problems
+    assert re.search("write|in quotes", problem.message)
+    assert (problem.key, problem.line) == ("b", 2)
+    assert document.data == {"a": 1, "c": [text, text]}
+    assert parse(dump({"key": text}), "f").data == {"key": text}
+
+
+def test_where_only_text_will_do_an_override_is_text_all_the_same() -> None:
+    document = Document()
+    apply_overrides(document, ["training.run_id=017", "tracking.sample_prompt=12:30"], StackWiseConfig)
+    config = StackWiseConfig.from_dict(document.data)
+    assert (config.training.run_id, config.tracking.sample_prompt) == ("017", "12:30")
+    apply_overrides(document, ["training.compile=on"], StackWiseConfig)
+    assert "write true" in str(document.problems[0])
+
+
+def misspelt(word: str, draw: random.Random) -> str:
+    """One letter left out, doubled, replaced, or two that changed places."""
+    i, how = draw.randrange(len(word) - 1), draw.randrange(4)
+    middle = ["", word[i] * 2, draw.choice("abcdefghijklmnopqrstuvwxyz_"), word[i + 1] + word[i]][how]
+    return word[:i] + middle + word[i + (2 if how == 3 else 1) :]
+
+
+def test_of_500_misspelt_keys_nearly_all_are_guessed() -> None:
+    draw, keys = random.Random(8), [path for path, _ in walk(StackWiseConfig) if "N" not in path]
+    names, told, right = {part for path in keys for part in path}, 0, 0
+    while told < 500:
+        path = draw.choice(keys)
+        wrong = (*path[:-1], misspelt(str(path[-1]), draw))
+        if wrong[-1] in names:
+            continue
+        told += 1
+        right += nearest_key(StackWiseConfig, wrong) == f"did you mean {dotted(path)!r}?"
+    assert right >= 0.95 * told, right
 
 
 def test_maps_by_number_are_read_and_written(tmp_path):

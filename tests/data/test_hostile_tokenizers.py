@@ -65,6 +65,16 @@ def replace(pattern: str, content: str) -> Definition:
     return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
 
 
+PADDING = {
+    "strategy": {"Fixed": 2**31},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "a",
+}
+
+
 def nested(depth: int) -> Definition:
     part: Definition = {"type": "Lowercase"}
     for _ in range(depth):
@@ -172,23 +182,14 @@ def test_a_pattern_that_gives_up_in_this_process_is_an_error_like_others() -> No
         tokenizer.encode("a" * 5000 + "!")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"normalizer": {"type": "Sequence", "normalizers": [replace("a", "a" * 100)] * 5}},
-        {"padding": {"strategy": {"Fixed": 2**31}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}},
-    ],
-    ids=["replacements", "padding"],
-)  # fmt: skip
-def test_what_would_end_the_process_ends_the_child_alone(change: Definition) -> None:
-    with pytest.raises(UnsafeInputError, match=r"using it ended the process|refused"):
-        probe(json.dumps(word_level(**change)), "here")
+def test_what_would_end_the_process_ends_the_child_alone() -> None:
+    with pytest.raises(UnsafeInputError, match="using it ended the process"):
+        probe(json.dumps(word_level(padding=PADDING)), "here")
 
 
 def test_padding_and_truncation_are_left_out(plain: Definition, tmp_path: Path) -> None:
-    padding = {"strategy": {"Fixed": 2**31}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    path = put(tmp_path, {**plain, "padding": padding, "truncation": truncation})
+    path = put(tmp_path, {**plain, "padding": PADDING, "truncation": truncation})
     same = load_tokenizer(path, foreign=True)
     assert same.hash == LibraryTokenizer(json.dumps(plain)).hash
     assert same.decode(same.encode(TEXT)) == TEXT

@@ -1,9 +1,11 @@
 """YAML as data that remembers its lines, and data as YAML.
 
 The text is read by the plain rules of YAML 1.2: `1e-4` is a number, `true` and `false` are the only
-flags, `2020-01-01` and `1:30` are text. Tags other than those of plain data are refused.
+flags, `2020-01-01` is text. What YAML 1.1 reads as something else (`no`, `017`, `12:30`) must be quoted or
+written plainly. Tags other than those of plain data are refused, and so are aliases.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +13,11 @@ from typing import Any
 
 import yaml
 
-from stackwise.config.errors import ConfigError, Problem
+from stackwise.config.errors import NO_VALUE, ConfigError, Problem
 from stackwise.config.shape import Path, Source, dotted, source_of
 
 MAX_BYTES = 1_000_000
-MAX_DEPTH = 30
-MAX_NODES = 100_000
+MAX_DEPTH = 32
 
 _PREFIX = "tag:yaml.org,2002:"
 
@@ -52,13 +53,19 @@ class Document:
 def parse(text: str, file: str) -> Document:
     """Read YAML text. Duplicate keys are collected as problems; text that is no YAML map raises ConfigError."""
     document = Document()
+    if len(text) > MAX_BYTES:
+        raise ConfigError(
+            Problem("", f"larger than {MAX_BYTES} bytes, too large for a configuration", file=file)
+        )
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise ConfigError(Problem("", f"not YAML: {error.problem}", file=file, line=line)) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).replace("\n", " ")
+        problem = str(error.problem)
+        hint = "indent with blanks, not with tabs" if "'\\t'" in problem else ""
+        raise ConfigError(Problem("", f"not YAML: {problem}", hint=hint, file=file, line=line)) from None
+    except yaml.YAMLError as error:
+        reason = str(error).replace("\n", " ")
         raise ConfigError(Problem("", f"not YAML: {reason}", file=file)) from None
     if root is None or root.tag.endswith(":null"):
         return document
@@ -71,7 +78,7 @@ def parse(text: str, file: str) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """The value that one piece of YAML stands for, as in `key=value`."""
+    """The value that one piece of YAML stands for, as in `key=value`. Raises ConfigError."""
     document = parse(f"value: {text}", "command line")
     if document.problems:
         raise ConfigError(document.problems)
@@ -83,8 +90,26 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def _refused(problem: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As PyYAML, but without aliases and with an end to nesting."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            # A short text of aliases can stand for endless data.
+            raise _refused(f"the alias *{event.anchor} is not supported; write the value again", event)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _refused(f"nested too deeply, {MAX_DEPTH} levels at most", event)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -107,12 +132,30 @@ def _number(text: str) -> int:
 
 
 def _real(text: str) -> float:
-    return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    value = float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    if math.isinf(value) and "inf" not in text:
+        raise ValueError(f"{text:.40} is too large for a number; write .inf where infinity is meant")
+    return value
+
+
+def _unclear(text: str) -> Any:
+    if ":" in text:
+        raise ValueError(f"some readers of YAML take {text} for a number of minutes; put it in quotes")
+    if text.lstrip("+-").startswith("0"):
+        raise ValueError(
+            f"some readers of YAML take {text} as octal; write {_number(text)}, or put it in quotes"
+        )
+    flag = "true" if text.lower() in ("yes", "on") else "false"
+    raise ValueError(f"some readers of YAML take {text} for {flag}; write {flag}, or put it in quotes")
 
 
 _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "unclear": (
+        r"[yY]es|YES|[nN]o|NO|[oO]n|ON|[oO]ff|OFF|[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?",
+        _unclear,
+    ),
     "int": (r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F_]+", _number),
     "float": (
         r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
@@ -133,17 +176,14 @@ class _Builder:
     def __init__(self, document: Document, file: str) -> None:
         self.document = document
         self.file = file
-        self.nodes = 0
 
     def build(self, node: yaml.Node, path: Path) -> Any:
-        self.nodes += 1
-        if len(path) > MAX_DEPTH or self.nodes > MAX_NODES:
-            # Aliases can make a short text describe endless data.
-            raise ConfigError(self._problem(node, path, "nested too deeply or too large"))
+        """The data of a node; NO_VALUE where there is none, with a problem that says why."""
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
-            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+            items = [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+            return [item for item in items if item is not NO_VALUE]
         if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_PREFIX):
             kind = node.tag.removeprefix(_PREFIX)
             if kind == "str":
@@ -153,9 +193,9 @@ class _Builder:
                     return _PLAIN[kind][1](node.value)
                 except ValueError as error:
                     self.document.problems.append(self._problem(node, path, str(error)))
-                    return None
+                    return NO_VALUE
         self.document.problems.append(self._problem(node, path, f"the tag {node.tag} is not supported"))
-        return None
+        return NO_VALUE
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -173,8 +213,10 @@ class _Builder:
                 )
                 continue
             lines[key] = line
-            self.document.sources[*path, key] = Source(self.file, line)
-            data[key] = self.build(value_node, (*path, key))
+            value = self.build(value_node, (*path, key))
+            if value is not NO_VALUE:  # what is wrong with it has been noted, and is enough
+                self.document.sources[*path, key] = Source(self.file, line)
+                data[key] = value
         return data
 
     def _problem(self, node: yaml.Node, path: Path, message: str) -> Problem:

@@ -27,12 +27,14 @@ COMMAND_LINE = "command line"
 
 def load_file(path: FilePath, chain: tuple[FilePath, ...] = ()) -> Document:
     """Read a YAML file laid over its `base` parents. Raises OSError, or ConfigError if it is no YAML map."""
-    if path.stat().st_size > MAX_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise ConfigError(
             Problem("", f"larger than {MAX_BYTES} bytes, too large for a configuration", file=str(path))
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(Problem("", f"not UTF-8 text at byte {error.start}", file=str(path))) from None
     return with_bases(parse(text, str(path)), path.parent, (*chain, path.resolve()))
@@ -103,10 +105,13 @@ def _override_value(key: str, text: str, accepted: set[str]) -> Any:
     wants_text = "str" in accepted and accepted <= {"str", "list", "null"}
     try:
         value = parse_value(text)
-    except ConfigError:
+    except ConfigError as error:
         if wants_text:
             return text
-        raise ConfigError(Problem(key, "not YAML", text, file=COMMAND_LINE)) from None
+        reason = error.problems[0].message
+        raise ConfigError(
+            Problem(key, reason if reason.startswith("some readers") else "not YAML", text, file=COMMAND_LINE)
+        ) from None
     if not wants_text or (isinstance(value, list) and "list" in accepted):
         return value
     quoted = isinstance(value, str) and text.lstrip().startswith(("'", '"'))

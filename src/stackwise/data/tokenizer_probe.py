@@ -10,7 +10,8 @@ import os
 import resource
 import sys
 
-MEMORY = 4 * 2**30
+MEMORY = 2**30
+MEMORY_PER_BYTE = 40
 SECONDS = 30
 FILES = 32
 RUN = 2000
@@ -19,12 +20,14 @@ RUN = 2000
 
 def main() -> int:
     """Load what standard input holds and use it; what is wrong is written to standard output."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    content = sys.stdin.buffer.read().decode("utf-8")
+    data = sys.stdin.buffer.read()
+    memory = MEMORY + MEMORY_PER_BYTE * len(data)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    content = data.decode("utf-8")
     from tokenizers import Tokenizer
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
