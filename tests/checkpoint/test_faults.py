@@ -11,6 +11,7 @@ import pytest
 
 from stackwise.checkpoint import files
 from stackwise.checkpoint.errors import CheckpointError, LockError, SpaceError
+from stackwise.checkpoint.retention import Retention
 from stackwise.checkpoint.store import Store
 from stackwise.storage import ops
 
@@ -39,7 +40,7 @@ def test_a_kill_during_a_commit_leaves_the_old_commit_or_the_new_one(
     save(store.root, make_state(3), 3)
     assert_whole(store, 3, make_state(3))
     assert files.names(store.root / "tmp") == []
-    store.prune(keep_last=1)
+    store.prune(Retention(1))
     assert len(list((store.root / "objects").glob("*/*"))) == 3
 
 
@@ -63,12 +64,12 @@ def test_a_kill_during_prune_leaves_only_garbage_and_the_next_prune_ends_it(
 ):
     for step in range(1, 5):
         save(store.root, make_state(step), step)
-    code = child(lambda: Store(store.root).prune(1), crash_at=f"{point}:{nth}")
+    code = child(lambda: Store(store.root).prune(Retention(1)), crash_at=f"{point}:{nth}")
     assert code == (killed if nth == 1 or point != "prune.manifests-durable" else 0)
     for commit in store.commits():
         store.verify(commit)
     assert_whole(store, 4, make_state(4))
-    store.prune(1)
+    store.prune(Retention(1))
     assert [commit.step for commit in store.commits()] == [4]
     assert len(list((store.root / "objects").glob("*/*"))) == 3
 
@@ -260,7 +261,11 @@ def test_the_second_writer_fails_at_once_and_names_the_first(store, make_state, 
     with store.lock():
         store.commit(make_state(1), {"step": 1}, step=1)
         other = Store(store.root)
-        for write in (other.lock, lambda: save(store.root, make_state(2), 2), lambda: other.prune(1)):
+        for write in (
+            other.lock,
+            lambda: save(store.root, make_state(2), 2),
+            lambda: other.prune(Retention(1)),
+        ):
             with pytest.raises(LockError) as caught:
                 write()
             holder = json.loads((store.root / "LOCK").read_text())

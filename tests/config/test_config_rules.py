@@ -21,6 +21,12 @@ MLA = "model: {attention_preset: mla_attention, attention_overrides: {attention_
 
 BROKEN = [
     (
+        "checkpoint: {save_interval: 100, keep_every: 250}",
+        "checkpoint.keep_every",
+        "is no multiple of checkpoint.save_interval (100), so most of these steps are never saved, got 250; "
+        "allowed: a multiple of it, such as 200",
+    ),
+    (
         "model: {stacks: [{windowed: false}, {}]}\ntraining: {progressive: {enabled: false}}",
         "model.stacks.0.windowed",
         "leaves out the window, but model.sliding_window is null",
@@ -979,6 +985,10 @@ NOTED = [
     (
         "training: {progressive: {enabled: false, trunk_residency: streamed}}",
         "training.progressive.trunk_residency has no effect: no stack is ever frozen",
+    ),
+    (
+        "checkpoint: {keep_best: 2}",
+        "checkpoint.keep_best has no effect: evaluation.interval is null",
     ),
     (
         "training: {gradient_checkpointing: true, residency: streamed, progressive: {building_mode: grow}}",

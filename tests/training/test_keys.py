@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stackwise.checkpoint.store import Store
+from stackwise.tracking.metrics import read_metrics
 from stackwise.training import loop, run
 from stackwise.training.run import train
 
@@ -94,6 +95,8 @@ OTHER = {
     "data.cache_dir",
     "checkpoint.dir",
     "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every",
     "checkpoint.resume",
     "checkpoint.overwrite",
     "evaluation.batch_size",
@@ -231,6 +234,28 @@ def test_checkpoint_keep_last_bounds_the_commits(runs):
         return len(Store(Path(result["run_dir"]) / "store").commits())
 
     assert (count(1), count(3)) == (1, 3)
+
+
+def test_checkpoint_keep_best_and_keep_every_keep_more_commits(runs):
+    base = {
+        "checkpoint.keep_last": 1,
+        "checkpoint.save_interval": 1,
+        "evaluation.interval": 1,
+        "model.architecture.n_stacks": 1,
+    }
+
+    def left(values: dict[str, Any]) -> tuple[list[int], Store]:
+        store = Store(Path(runs({**base, **values})[0]["run_dir"]) / "store")
+        return [commit.step for commit in store.commits()], store
+
+    steps, _ = left({})
+    assert steps == [4]
+    assert left({"checkpoint.keep_every": 3})[0] == [3, 4]
+    steps, store = left({"checkpoint.keep_best": 2, "training.optimizer.lr": 1.0})
+    events = read_metrics(store.root.parent).events
+    measured = {e["step"]: e["loss"] for e in events if e["event"] == "eval" and e["step"] < 4}
+    assert steps == sorted([*sorted(measured, key=measured.__getitem__)[:2], 4])
+    assert store.scores()[store.find(f"step:{steps[0]}").id] == measured[steps[0]]
 
 
 def test_checkpoint_resume_and_overwrite_decide_what_happens_to_a_run_that_exists(runs, tmp_path):

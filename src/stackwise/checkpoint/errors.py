@@ -36,3 +36,9 @@ class VersionError(CheckpointError):
     """The commit was written in a format that this version does not know."""
 
     exit_code: ClassVar[int] = 7
+
+
+class CommitNameError(CheckpointError):
+    """No commit, or more than one, has this name; or a pin cannot have it."""
+
+    exit_code: ClassVar[int] = 2

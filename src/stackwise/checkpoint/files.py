@@ -20,6 +20,8 @@ from stackwise.storage.ops import NO_SPACE, Chunk
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 
 def write_atomic(path: Path, chunks: Sequence[Chunk], *, tmp_dir: Path, kind: str) -> None:
     """Make `path` hold `chunks`, read-only; see `ops.write_atomic`. Raises SpaceError or CheckpointError."""
@@ -44,6 +46,26 @@ def remove(path: Path) -> None:
     """Remove a file if it is there."""
     with _explained("remove", path):
         ops.remove(path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file another name, durably. The caller sees to it that `target` is free."""
+    with _explained("move", source):
+        ops.rename(source, target)
+    sync_dir(target.parent)
+    sync_dir(source.parent)
+
+
+def link(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where the file system cannot."""
+    with _explained("link", target):
+        try:
+            ops.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return False
+    return True
 
 
 def names(directory: Path) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stackwise.checkpoint import files
+from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Part
 from stackwise.checkpoint.tensors import Encoded
 from stackwise.storage import ops
@@ -37,7 +38,11 @@ class Objects:
     def read(self, part: Part) -> bytearray:
         """The object's bytes, their hash checked. Raises ValueError, saying what is wrong with the file."""
         self.check_size(part)
-        buffer = files.read(self.path(part.sha256), part.bytes)
+        try:
+            buffer = files.read(self.path(part.sha256), part.bytes)
+        except CheckpointError:
+            self.check_size(part)  # swept since it was looked at
+            raise
         digest = hashlib.sha256(buffer).hexdigest()
         if digest != part.sha256:
             self._verified.discard(part.sha256)
@@ -92,15 +97,20 @@ class Objects:
             self._durable.discard(path.name)
             files.remove(path)
 
-    def sweep(self, listed: set[str]) -> tuple[int, int]:
-        """Remove every object whose hash is not `listed`; (how many, their bytes)."""
-        count = size = 0
+    def unlisted(self, listed: set[str]) -> dict[Path, int]:
+        """Every object whose hash is not `listed`, with its bytes."""
+        found = {}
         for prefix in files.names(self._folder):
             for name in files.names(self._folder / prefix):
                 if _NAME.fullmatch(name) and name not in listed:
                     path = self._folder / prefix / name
-                    size += files.size_of(path) or 0
-                    count += 1
-                    self.discard([path])
-                    ops.crashpoint("prune.object")
-        return count, size
+                    found[path] = files.size_of(path) or 0
+        return found
+
+    def sweep(self, listed: set[str]) -> tuple[int, int]:
+        """Remove every object whose hash is not `listed`; (how many, their bytes)."""
+        garbage = self.unlisted(listed)
+        for path in garbage:
+            self.discard([path])
+            ops.crashpoint("prune.object")
+        return len(garbage), sum(garbage.values())

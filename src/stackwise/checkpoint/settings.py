@@ -1,7 +1,7 @@
 """Settings of checkpoints: where, how often, how many, and what to do with a run that exists."""
 
 from stackwise.config.base import Settings
-from stackwise.config.types import Flag, PathText, PositiveInt
+from stackwise.config.types import Flag, NonNegativeInt, PathText, PositiveInt
 
 
 class CheckpointSettings(Settings):
@@ -13,6 +13,10 @@ class CheckpointSettings(Settings):
     """Steps between resume points. The end of a stage is always saved."""
     keep_last: PositiveInt = 5
     """Resume points to keep, besides the stage ends. `training.spike_policy: rollback` keeps as many more as it needs."""
+    keep_best: NonNegativeInt = 0
+    """Resume points with the lowest validation losses to keep besides; only those count that were evaluated at the step of their save."""
+    keep_every: PositiveInt | None = None
+    """Keep resume points whose step is a multiple of this besides, a multiple of save_interval. null: none."""
     resume: PathText = "auto"
     """auto goes on with the run of this `run_id` where its stored configuration agrees; never starts only in an empty folder; a path resumes that run folder."""
     init_from: PathText | None = None

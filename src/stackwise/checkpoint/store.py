@@ -2,9 +2,9 @@
 
     objects/ab/<sha256>              safetensors, named by the hash of their bytes, never changed
     commits/<step>-<hash16>.json     manifests; a commit exists when its manifest does
-    refs/latest                      the newest commit's id, for people and scripts; never trusted here
+    refs/                            pins made by hand, scores, the newest commit's id (see `refs`)
     tmp/                             files being written; emptied by the next writer
-    quarantine/                      where a person may put damaged manifests
+    quarantine/                      damaged files, moved there by `upkeep.repair`
     LOCK                             who is writing
 
 A commit writes each new object (temporary file, fsync, rename), makes the names durable (fsync of the
@@ -18,7 +18,6 @@ Nothing here pickles, and no tensor leaves the store before its file's hash was 
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,14 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from stackwise.checkpoint import files
+from stackwise.checkpoint.commits import Commits, quarantined, step_of
 from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.lock import WriterLock
-from stackwise.checkpoint.manifest import (
-    FILE_NAME,
-    MAX_BYTES,
-    MAX_STEP,
-    Commit,
-    Part,
-    check_meta,
-    parse,
-    serialize,
-)
+from stackwise.checkpoint.manifest import MAX_STEP, Commit, Part, check_meta, serialize
+from stackwise.checkpoint.naming import Names
 from stackwise.checkpoint.objects import Objects
+from stackwise.checkpoint.refs import Refs
+from stackwise.checkpoint.retention import Retention, kept
 from stackwise.checkpoint.tensors import check_tensors, decode, encode
 from stackwise.config.errors import did_you_mean
 from stackwise.storage import ops
@@ -50,57 +44,62 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune removed."""
+    """What a prune removed, or would."""
 
     commits: tuple[str, ...]
     """Ids of the commits."""
     objects: int
     bytes: int
     """Size of the objects together."""
+    kept: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, compare=False)
+    """Why each of the others is kept, by id."""
 
 
-class Store:
+class Store(Names):
     """Commits of one run under the folder `root`. Opening a store neither creates nor locks anything.
 
-    Reading needs no lock. `commit` and `prune` take the writer's lock for the call unless `lock()` holds
-    it already; a training run holds it from start to end. Not for use by several threads at once.
+    Reading needs no lock. `commit`, `prune`, `pin`, `unpin` and `score` take the writer's lock for the call
+    unless `lock()` holds it already; a training run holds it from start to end. Not for use by several threads
+    at once.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._commits = self.root / "commits"
-        self._refs = self.root / "refs"
-        self._tmp = self.root / "tmp"
-        self._quarantine = self.root / "quarantine"
+        self.tmp = self.root / "tmp"
+        self.quarantine = self.root / "quarantine"
+        super().__init__(Commits(self.root / "commits"), Refs(self.root / "refs", self.tmp))
+        self.objects = Objects(self.root / "objects", self.tmp)
         self._lock = WriterLock(self.root / "LOCK")
-        self._objects = Objects(self.root / "objects", self._tmp)
 
     # Reading
-
-    def commits(self) -> list[Commit]:
-        """All readable commits, oldest first. Damaged manifests are left out; `latest` reports them."""
-        return self._scan()[0]
 
     def latest(self) -> Commit | None:
         """The newest commit, or None in an empty store.
 
         Raises CheckpointError, never returning an older one instead, when the newest manifest is damaged
-        or one of its objects is missing or has the wrong size.
+        or gone, or one of its objects is missing or has the wrong size.
         """
-        commits, damaged = self._scan()
+        commits, damaged = self.manifests.scan()
         newest = commits[-1] if commits else None
         # The number inside a damaged manifest cannot be read; its step, in the name, can.
-        blocking = [path for path in damaged if newest is None or _step_of(path) >= newest.step]
+        blocking = [path for path in damaged if newest is None or step_of(path) >= newest.step]
         if blocking:
             path = blocking[-1]
             raise CheckpointError(
                 f"the manifest {path} is damaged: {damaged[path]}. {self._way_out(commits, blocking)}",
                 path=path,
             )
+        if (gone := self._gone()) is not None:
+            if self.commits()[-1:] != commits[-1:]:
+                return self.latest()  # a writer went on meanwhile
+            raise CheckpointError(
+                f"the manifest {gone} is gone: refs/latest names it. {self._way_out(commits, [gone])}",
+                path=gone,
+            )
         if newest is not None:
             try:
                 for part in newest.parts.values():
-                    self._checked(newest, part, self._objects.check_size)
+                    self._checked(newest, part, self.objects.check_size)
             except CheckpointError:
                 if files.size_of(newest.path) is None:
                     return self.latest()  # a writer made a newer commit and pruned this one meanwhile
@@ -118,7 +117,7 @@ class Store:
             raise CheckpointError(
                 f"commit {commit.id} has no part {part!r}; {hint}", path=commit.path, part=part
             )
-        return self._checked(commit, entry, lambda entry: decode(self._objects.read(entry)))
+        return self._checked(commit, entry, lambda entry: decode(self.objects.read(entry)))
 
     def meta(self, commit: Commit) -> dict[str, Any]:
         """The run state that was given to `commit`, as JSON keeps it. Raises CheckpointError."""
@@ -127,7 +126,7 @@ class Store:
     def verify(self, commit: Commit) -> None:
         """Read every object of a commit and check its hash. Raises CheckpointError for the first damaged one."""
         for part in commit.parts.values():
-            self._checked(commit, part, self._objects.read)
+            self._checked(commit, part, self.objects.read)
 
     # Writing
 
@@ -140,13 +139,13 @@ class Store:
         files.make_dir(self.root)
         self._lock.acquire()
         try:
-            for folder in (self.root / "objects", self._commits, self._refs, self._tmp, self._quarantine):
-                files.make_dir(folder)
+            for folder in ("objects", "commits", "refs", "tmp", "quarantine"):
+                files.make_dir(self.root / folder)
             # Always, in case the writer that created these folders died before it could.
             files.sync_dir(self.root)
             files.sync_dir(self.root.parent)
-            for name in files.names(self._tmp):
-                files.remove(self._tmp / name)
+            for name in files.names(self.tmp):
+                files.remove(self.tmp / name)
         except BaseException:
             self._lock.release()
             raise
@@ -180,7 +179,7 @@ class Store:
             check_name(name, "part")
             if name in parts:
                 raise ValueError(f"part {name!r} is both given and carried")
-        with self._writing():
+        with self.writing():
             existing = self.commits()
             if parent is None and existing:
                 parent = existing[-1]
@@ -189,15 +188,15 @@ class Store:
             try:
                 entries, repaired, written = {}, [], 0
                 for name, (commit, part) in carried.items():
-                    self._checked(commit, commit.parts[part], self._objects.check_size)
+                    self._checked(commit, commit.parts[part], self.objects.check_size)
                     entries[name] = dataclasses.replace(commit.parts[part], name=name)
                 for name in sorted(parts):
                     encoded = encode(parts[name])
-                    state = self._objects.put(encoded, fresh)
+                    state = self.objects.put(encoded, fresh)
                     written += encoded.size if state != "shared" else 0
                     repaired += [name] if state == "repaired" else []
                     entries[name] = Part(name, encoded.sha256, encoded.size, encoded.tensors)
-                self._objects.sync({entry.sha256 for entry in entries.values()})
+                self.objects.sync({entry.sha256 for entry in entries.values()})
                 ops.crashpoint("objects.durable")
                 identity, text = serialize(
                     number=existing[-1].number + 1 if existing else 1,
@@ -208,33 +207,31 @@ class Store:
                     meta=meta,
                     parts=entries,
                 )
-                path = self._commits / f"{identity}.json"
-                files.write_atomic(path, [text], tmp_dir=self._tmp, kind="manifest")
+                path = self.manifests.path(identity)
+                files.write_atomic(path, [text], tmp_dir=self.tmp, kind="manifest")
             except BaseException:
                 # Give the disk back what this commit took, unless its manifest already stands.
                 with contextlib.suppress(CheckpointError):
                     if path is None or files.size_of(path) is None:
-                        self._objects.discard(fresh)
+                        self.objects.discard(fresh)
                 raise
-            files.sync_dir(self._commits)
+            files.sync_dir(self.manifests.folder)
             ops.crashpoint("manifest.durable")
-            files.write_atomic(
-                self._refs / "latest", [f"{identity}\n".encode()], tmp_dir=self._tmp, kind="latest"
-            )
+            self.refs.write_latest(identity)
             commit, _ = self._read_manifest(path)
             return dataclasses.replace(commit, repaired=tuple(repaired))
 
-    def prune(self, keep_last: int) -> Pruned:
-        """Delete all commits but the newest `keep_last` (at least 1) and the newest of each pin, and every
-        object that no commit lists.
+    def prune(self, retention: Retention = Retention(), *, dry_run: bool = False) -> Pruned:  # noqa: B008 - frozen
+        """Delete all commits that nothing in `retention` keeps, and every object that no commit lists.
 
-        Raises CheckpointError, deleting nothing, when a manifest is damaged (what it lists is unknown) or
-        the newest commit is not intact (an older one may be needed).
+        The newest commit, those pinned by hand and the last verified one always stay, and so do objects that a
+        manifest in quarantine/ names. `dry_run` deletes nothing and needs no lock.
+
+        Raises CheckpointError, deleting nothing, when a manifest, a pin or (to keep the best) the table of scores is
+        damaged: what must stay is unknown then; and when the newest commit is not intact: an older one may be needed.
         """
-        if keep_last < 1:
-            raise ValueError(f"keep_last: got {keep_last}, allowed: 1 or more")
-        with self._writing():
-            commits, damaged = self._scan()
+        with contextlib.nullcontext() if dry_run else self.writing():
+            commits, damaged = self.manifests.scan()
             if damaged:
                 path = next(iter(damaged))
                 raise CheckpointError(
@@ -242,23 +239,35 @@ class Store:
                     f"unknown. {self._way_out(commits, list(damaged))}",
                     path=path,
                 )
+            keep = kept(
+                commits,
+                retention,
+                pins=self.own_pins(commits),
+                scores=self.scores() if retention.best else {},
+                verified=self.verified(),
+            )
             if commits:
                 for part in commits[-1].parts.values():
-                    self._checked(commits[-1], part, self._objects.verify_once)
-            pinned = {commit.pin: commit.id for commit in commits if commit.pin is not None}
-            keep = {commit.id for commit in commits[-keep_last:]} | set(pinned.values())
+                    self._checked(commits[-1], part, self.objects.verify_once)
             doomed = [commit for commit in commits if commit.id not in keep]
+            listed = {
+                part.sha256 for commit in commits if commit.id in keep for part in commit.parts.values()
+            } | quarantined(self.quarantine)
+            if dry_run:
+                garbage = self.objects.unlisted(listed)
+                return Pruned(
+                    tuple(commit.id for commit in doomed), len(garbage), sum(garbage.values()), keep
+                )
+            if commits and self.refs.latest() != commits[-1].id:
+                self.refs.write_latest(commits[-1].id)
             # Manifests first, durably: at no time does a manifest list an object that may be gone.
             for commit in doomed:
                 files.remove(commit.path)
                 ops.crashpoint("prune.manifest")
-            files.sync_dir(self._commits)
+            files.sync_dir(self.manifests.folder)
             ops.crashpoint("prune.manifests-durable")
-            listed = {
-                part.sha256 for commit in commits if commit.id in keep for part in commit.parts.values()
-            }
-            count, size = self._objects.sweep(listed)
-            return Pruned(tuple(commit.id for commit in doomed), count, size)
+            count, size = self.objects.sweep(listed)
+            return Pruned(tuple(commit.id for commit in doomed), count, size, keep)
 
     # How
 
@@ -283,42 +292,19 @@ class Store:
                     )
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Hold the writer's lock inside the block, as if by `lock()` where this store does not hold it yet."""
         if self._lock.held:
             yield
         else:
             with self.lock():
                 yield
 
-    def _scan(self) -> tuple[list[Commit], dict[Path, str]]:
-        """Readable commits, oldest first, and what is wrong with each damaged manifest."""
-        commits, damaged = [], {}
-        for name in files.names(self._commits):
-            if FILE_NAME.fullmatch(name):
-                path = self._commits / name
-                try:
-                    commits.append(self._parse(path)[0])
-                except (ValueError, CheckpointError) as error:
-                    if files.size_of(path) is None:
-                        continue  # pruned since it was listed
-                    if isinstance(error, CheckpointError):
-                        raise
-                    damaged[path] = str(error)
-        return sorted(commits, key=lambda commit: (commit.number, commit.id)), damaged
-
-    def _parse(self, path: Path) -> tuple[Commit, dict[str, Any]]:
-        size = files.size_of(path)
-        if size is None or size > MAX_BYTES:
-            raise ValueError(
-                "it is no file" if size is None else f"it has {size:,} bytes, {MAX_BYTES:,} at most"
-            )
-        return parse(path, files.read(path, size), files.modified(path))
-
     def _read_manifest(self, path: Path) -> tuple[Commit, dict[str, Any]]:
         try:
-            return self._parse(path)
+            return self.manifests.read(path)
         except ValueError as error:
-            commits, damaged = self._scan()
+            commits, damaged = self.manifests.scan()
             raise CheckpointError(
                 f"the manifest {path} is damaged: {error}. {self._way_out(commits, list(damaged) or [path])}",
                 path=path,
@@ -332,14 +318,14 @@ class Store:
             raise self._damage(commit, part, str(error)) from error
 
     def _damage(self, commit: Commit, part: Part, what: str) -> CheckpointError:
-        path = self._objects.path(part.sha256)
+        path = self.objects.path(part.sha256)
         if files.size_of(commit.path) is None:
             return CheckpointError(
                 f"commit {commit.id} was pruned; run the same command again to read a newer one",
                 path=path,
                 part=part.name,
             )
-        commits, _ = self._scan()
+        commits, _ = self.manifests.scan()
         hurt = [
             other.path for other in commits if part.sha256 in {entry.sha256 for entry in other.parts.values()}
         ]
@@ -354,24 +340,29 @@ class Store:
         intact = [commit for commit in commits if commit.path not in hurt and self._has_objects(commit)]
         if not intact:
             return "No other commit is intact: restore the file from a copy, or train anew with checkpoint.overwrite=true."
-        move = shlex.join(["mv", *map(str, hurt), f"{self._quarantine}/"])
         return (
             f"Hurt by it: {', '.join(path.stem for path in hurt)}. Not hurt: {intact[-1].id} (step {intact[-1].step}). "
-            f"Restore the file from a copy, or go on from there by setting the hurt commits aside and running the "
-            f"same command again:\n  {move}"
+            f"Restore the file from a copy; or set the hurt commits aside, which deletes nothing, and run the same "
+            f"command again to go on from there:\n  {self.repair_command}"
         )
+
+    def _gone(self) -> Path | None:
+        """The manifest that refs/latest names, where it is neither there nor in quarantine/. The ref may lag behind,
+        but prune puts it right before it deletes what it names."""
+        named = self.refs.latest()
+        if named is None:
+            return None
+        path = self.manifests.path(named)
+        there = any(files.size_of(place / path.name) is not None for place in (path.parent, self.quarantine))
+        return None if there else path
 
     def _has_objects(self, commit: Commit) -> bool:
         try:
             for part in commit.parts.values():
-                self._objects.check_size(part)
+                self.objects.check_size(part)
         except ValueError:
             return False
         return True
-
-
-def _step_of(manifest: Path) -> int:
-    return int(manifest.name.partition("-")[0])
 
 
 @contextlib.contextmanager

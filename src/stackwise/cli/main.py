@@ -20,6 +20,7 @@ import typer
 from stackwise.cli import (
     cache,
     chat,
+    ckpt,
     config,
     data,
     demo,
@@ -104,6 +105,7 @@ app.command("fill", short_help="Show likely tokens for the gaps of a text.")(enc
 app.command("embed", short_help="Turn texts into vectors.")(encoder.embed)
 app.command("eval", short_help="Measure a run on its held-out text.")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
+app.add_typer(ckpt.app, name="ckpt")
 app.command("report", short_help="Build the report of a run again.")(report.report)
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")

@@ -10,7 +10,7 @@ import typer
 
 from stackwise.cli.errors import UsageError
 from stackwise.cli.options import Config, Overrides, Threads, load_config
-from stackwise.cli.output import next_steps
+from stackwise.cli.output import next_steps, note
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -22,6 +22,13 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the stored run; an error where there is none.")
+    ] = False,
+    allow_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fallback",
+            help="Where the newest commit is damaged: set it aside and go on from the newest whole one.",
+        ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the run folder.")] = False,
     plain: Annotated[
@@ -43,6 +50,8 @@ def train(
       stackwise train my.yaml --resume
     """
     settings = load_config(config, overrides)
+    if allow_fallback:
+        _fall_back(settings)
     if resume:
         _demand_run(settings)
     again = ["stackwise", "train", config, *(overrides or ()), "--resume"]
@@ -95,6 +104,23 @@ def show_results(run_dir: Path, settings: StackWiseConfig) -> None:
         measure_it=f"stackwise eval {run}",
         its_stages=f"stackwise runs show {run}",
     )
+
+
+def _fall_back(settings: StackWiseConfig) -> None:
+    """`--allow-fallback`: set aside what is damaged in the run that would be continued."""
+    from stackwise.tracking.folder import RunFolder
+    from stackwise.training.repair import fall_back
+
+    checkpoint = settings.checkpoint
+    if checkpoint.resume == "never" or checkpoint.overwrite:
+        raise UsageError(
+            "--allow-fallback continues a stored run; leave it out, or set checkpoint.resume=auto and "
+            "checkpoint.overwrite=false"
+        )
+    stored = Path(checkpoint.dir) / settings.training.run_id
+    folder = RunFolder(stored if checkpoint.resume == "auto" else Path(checkpoint.resume))
+    for sentence in fall_back(folder):
+        note(sentence)
 
 
 def _demand_run(settings: StackWiseConfig) -> None:

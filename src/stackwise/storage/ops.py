@@ -2,8 +2,8 @@
 
 What a crash, a power loss or a full disk leaves behind depends on the order of these calls, so they are all here, where
 a test can record them, make them fail, or kill the process between two of them. The primitives to replace are `create`,
-`open_to_change`, `write`, `pwrite`, `fsync`, `rename`, `unlink`, `truncate`, `mkdir` and `rmdir`; the rest is made of
-them. Everything raises OSError, with the name of the file.
+`open_to_change`, `write`, `pwrite`, `fsync`, `rename`, `link`, `unlink`, `truncate`, `mkdir` and `rmdir`; the rest is
+made of them. Everything raises OSError, with the name of the file.
 
 Needs a POSIX system: fsync of folders.
 """
@@ -40,6 +40,7 @@ CRASH_POINTS = (
     "prune.manifest",
     "prune.manifests-durable",
     "prune.object",
+    "repair.moved",
     "log.appended",
     "log.cut",
     "folder.filled",
@@ -106,6 +107,11 @@ def fsync(fd: int) -> None:
 def rename(source: Path, target: Path) -> None:
     """Give a file or folder another name, in place of what had it, in one step."""
     source.rename(target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name; FileExistsError where that is taken."""
+    target.hardlink_to(source)
 
 
 def unlink(path: Path) -> None:

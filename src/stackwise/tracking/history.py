@@ -5,11 +5,12 @@ A run that was interrupted and resumed may announce a stage or an evaluation twi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Growth", "RunHistory", "StageHistory"]
+__all__ = ["Growth", "RunHistory", "StageHistory", "validation_by_commit"]
 
 Event = Mapping[str, Any]
 
@@ -161,6 +162,23 @@ class RunHistory:
         return max(
             (event["rss_bytes"] for event in self.steps if event["rss_bytes"] is not None), default=None
         )
+
+
+def validation_by_commit(events: Iterable[Event]) -> dict[str, float]:
+    """Loss of the evaluation at the step of each save, by commit. Of several saves at one step the last one counts,
+    and of evaluations around a growth none: those measure another model."""
+    saved: dict[int, str] = {}
+    measured: dict[int, float] = {}
+    for event in events:
+        if event["event"] == "checkpoint":
+            saved[event["step"]] = event["commit"]
+        elif event["event"] == "eval" and event["when"] in ("interval", "stage_end", "final"):
+            measured[event["step"]] = event["loss"]
+    return {
+        commit: measured[step]
+        for step, commit in saved.items()
+        if math.isfinite(measured.get(step, math.nan))
+    }
 
 
 def _growths(evals: list[Event]) -> list[Growth]:

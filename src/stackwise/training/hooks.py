@@ -37,6 +37,7 @@ class Hooks:
     emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
     where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
     failed: keeps the facts of a numeric failure and returns where, or null.
+    scored: told the step and the validation loss of an evaluation that followed a save of the same step.
     """
 
     emit: Callable[[Event], None] = lambda event: None
@@ -44,3 +45,4 @@ class Hooks:
     sample: Callable[[Rack], tuple[str, str]] | None = None
     save: Callable[[Engine, str | None], dict[str, Any]] | None = None
     failed: Callable[[dict[str, Any]], str] | None = None
+    scored: Callable[[int, float], object] = lambda step, loss: None

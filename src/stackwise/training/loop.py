@@ -296,6 +296,8 @@ class Engine(Stepping):
         result = self.hooks.evaluate(self.rack) if noise is None else self.hooks.evaluate(self.rack, noise)
         self.progress.eval_loss = result["loss"]
         self.hooks.emit(records.evaluation(self.progress, when, result))
+        if self._saved_step == self.progress.step and when != "after_growth":
+            self.hooks.scored(self.progress.step, result["loss"])
         self._logged_at = (time.perf_counter(), self.progress.tokens)
         return self.progress.eval_loss
 

@@ -12,11 +12,13 @@ What is drawn at random depends on the seed and on these counters alone, so ther
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 
 from stackwise.checkpoint.manifest import Commit
+from stackwise.checkpoint.retention import Retention
 from stackwise.checkpoint.store import Store
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.stage import Stage
@@ -128,13 +130,14 @@ def go_back(engine: Engine, wish: GoBack, store: Store, metrics: MetricsFile, wh
     return again
 
 
-def commits_to_keep(config: StackWiseConfig) -> int:
-    """Newest commits that stay: `checkpoint.keep_last`, or as many as going back from a spike reaches over."""
-    keep, training = config.checkpoint.keep_last, config.training
+def retention_of(config: StackWiseConfig) -> Retention:
+    """The commits that pruning leaves, at least as many of the newest as going back from a spike reaches over."""
+    asked, training = Retention.of(config.checkpoint), config.training
     if training.spike_policy != "rollback":
-        return keep
+        return asked
     # Besides the one it goes back to and the newest: a stop by signal saves between the others.
-    return max(keep, math.ceil(training.rollback_steps / config.checkpoint.save_interval) + 3)
+    needed = math.ceil(training.rollback_steps / config.checkpoint.save_interval) + 3
+    return replace(asked, last=max(asked.last, needed))
 
 
 def _target(store: Store, now: Progress, latest_step: int) -> Commit | None:

@@ -43,7 +43,8 @@ from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import GoBack, Interrupted
 from stackwise.training.hooks import Hooks
 from stackwise.training.loop import Engine
-from stackwise.training.resume import Where, commits_to_keep, go_back, restore
+from stackwise.training.repair import mend_scores
+from stackwise.training.resume import Where, go_back, restore, retention_of
 from stackwise.training.samples import sample_text
 from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder
@@ -83,6 +84,8 @@ def train(
         metrics = MetricsFile(folder.path, None if commit is None else store.meta(commit))
         listed = [ConsoleProgress()] if sinks is None else sinks
         tracker = stack.enter_context(Tracker([metrics, *listed]))
+        for sentence in mend_scores(folder, store):
+            tracker.emit({"event": "note", "message": sentence})
         folder.write_config(dump(resolved.to_dict()))
         folder.write_environment()
         corpus.tokenizer.save(folder.tokenizer)
@@ -246,7 +249,7 @@ def _hooks(
             pin=pin,
             carried=state.full_precision_parts(engine, store.latest()),
         )
-        store.prune(commits_to_keep(config))
+        store.prune(retention_of(config))
         return {
             "commit": commit.id,
             "bytes_written": commit.bytes_written,
@@ -256,7 +259,9 @@ def _hooks(
 
     samples = sample if writes_samples(config) else None
     failed = partial(folder.write_failure, config=dump(config.to_dict()))
-    return Hooks(emit=tracker.emit, evaluate=evaluate, sample=samples, save=save, failed=failed)
+    return Hooks(
+        emit=tracker.emit, evaluate=evaluate, sample=samples, save=save, scored=store.score, failed=failed
+    )
 
 
 def _announce(

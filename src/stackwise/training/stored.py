@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
 from stackwise.config.errors import show
@@ -61,21 +62,14 @@ class OpenRun:
 
 
 def open_run(path: str | Path, *, commit: str | None = None) -> OpenRun:
-    """Load a run folder: the newest commit, or the one whose id starts with `commit`.
+    """Load a run folder: the newest commit, or the one that `commit` names (see `Store.find`).
 
-    Raises RunFolderError when there is no run, CheckpointError when it has no usable commit.
+    Raises RunFolderError when there is no run, CommitNameError when there is no such commit, CheckpointError when it is
+    damaged.
     """
     folder = RunFolder.open(path)
     store = Store(folder.store)
-    chosen = store.latest()
-    if commit is not None:
-        matching = [c for c in store.commits() if c.id.startswith(commit)]
-        if len(matching) != 1:
-            known = ", ".join(c.id for c in store.commits()) or "none"
-            raise RunFolderError(
-                f"{len(matching)} commits of {folder.path} start with {commit!r}; known: {known}"
-            )
-        chosen = matching[0]
+    chosen = store.latest() if commit is None else store.find(commit)
     if chosen is None:
         raise RunFolderError(
             f"{folder.path} has no commit yet; train it first: stackwise train {folder.config}"
@@ -107,8 +101,14 @@ def open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | Non
         return folder, Store(folder.store), None
     store = Store(folder.store)
     commit = store.latest()
+    if commit is None and any(store.quarantine.glob("*")):
+        raise CheckpointError(
+            f"{folder.path} has no whole commit, and damaged ones in {store.quarantine}. Restore their files from a copy, "
+            f"then `{store.repair_command}`; or train anew with checkpoint.overwrite=true, which deletes them"
+        )
     if commit is None:  # stopped before its first save: nothing to continue, nothing to lose
-        return RunFolder.create(path, overwrite=True), Store(folder.store), None
+        with store.lock():  # nobody may be training there
+            return RunFolder.create(path, overwrite=True), Store(folder.store), None
     changed = course_changes(StackWiseConfig.from_yaml(folder.config), config)
     if changed:
         raise IncompatibleResumeError(
