@@ -104,3 +104,93 @@ def test_a_room_is_a_package_whose_init_holds_its_description_only() -> None:
     ):
         body = TREES[room / "__init__.py"].body
         assert len(body) == 1, f"{room.name}/__init__.py imports or defines something"
+
+
+RUNS_CODE = {"eval", "exec", "compile", "__import__"}
+UNSAFE_READERS = {
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "numpy.load",
+    "np.load",
+    "torch.load",
+}
+SAFE_LOADERS = {"_Loader", "yaml.SafeLoader"}
+ARCHIVES = {"zipfile", "tarfile", "gzip", "bz2", "lzma"}
+
+
+def code_that_is_read(tree: ast.AST) -> list[ast.AST]:
+    """Places where text or a file could become code, or an archive is unpacked."""
+    found: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            loaders = [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"]
+            if (
+                (isinstance(node.func, ast.Name) and name in RUNS_CODE)
+                or name in UNSAFE_READERS
+                or (name.startswith("yaml.") and any(loader not in SAFE_LOADERS for loader in loaders))
+                or any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords)
+            ):
+                found.append(node)
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg == "trust_remote_code"
+            and ast.unparse(node.value) != "False"
+        ):
+            found.append(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = {a.name for a in node.names} if isinstance(node, ast.Import) else {node.module or ""}
+            found += [node] if {name.partition(".")[0] for name in names} & ARCHIVES else []
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.system", "os.popen"):
+            found.append(node)
+        elif isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            found += [node] if bases & {"yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"} else []
+    return found
+
+
+def test_nothing_that_is_read_becomes_code() -> None:
+    assert [place(path, node) for path, tree in TREES.items() for node in code_that_is_read(tree)] == []
+
+
+def test_what_would_become_code_is_noticed() -> None:
+    for line in (
+        *(
+            "eval(text)",
+            "exec(text)",
+            "compile(a, b, c)",
+            "__import__(name)",
+            "os.system(x)",
+            "import zipfile",
+        ),
+        *("yaml.load(text)", "yaml.unsafe_load(x)", "yaml.compose(x, Loader=yaml.Loader)", "np.load(x)"),
+        *(
+            "f(trust_remote_code=True)",
+            "run(x, shell=True)",
+            "class L(yaml.Loader): pass",
+            "from tarfile import open",
+        ),
+    ):
+        assert code_that_is_read(ast.parse(line)), line
+    for line in (
+        "model.eval()",
+        "re.compile(x)",
+        "yaml.compose(x, Loader=_Loader)",
+        "torch.compile(m)",
+        "f(trust_remote_code=False)",
+    ):
+        assert not code_that_is_read(ast.parse(line)), line
+
+
+def test_the_library_opens_no_file_whose_header_was_not_read_first() -> None:
+    opening = [
+        str(path.relative_to(ROOT / "src/stackwise"))
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("safetensors")
+        and {alias.name for alias in node.names} & {"safe_open", "load_file", "load"}
+    ]
+    assert opening == ["model/files.py"]

@@ -44,10 +44,11 @@ def show(
         print(locate(config).read_text("utf-8"), end="")
         return
     from stackwise.config.document import dump
+    from stackwise.config.errors import masked
     from stackwise.config.resolve import resolve
 
     resolved, derived = resolve(settings)
-    print(_commented(dump(resolved.to_dict()), derived), end="")
+    print(_commented(dump(masked(resolved.to_dict())), derived), end="")
     for text in settings.notes():
         note(text)
 

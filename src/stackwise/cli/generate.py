@@ -19,7 +19,8 @@ from stackwise.cli.denoise import (
     refuse_options,
 )
 from stackwise.cli.errors import UsageError
-from stackwise.cli.options import Run, Threads, find_run
+from stackwise.cli.options import Run, Strict, Threads, find_run
+from stackwise.cli.output import watch_folders
 from stackwise.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def generate(
     block_length: BlockLength = None,
     threshold: Threshold = None,
     watch: Watch = False,
+    strict: Strict = False,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt with the model of a run, or fill the gaps of a text.
@@ -104,6 +106,7 @@ def generate(
       stackwise generate diffused -p 'def [MASK:20]:' --sampler threshold --threshold 0.8 --watch
     """
     path = find_run(run)
+    watch_folders((path, path / "store"), strict)
     text = _from_stdin() if prompt == "-" else prompt
     from stackwise.training.stored import open_run
 

@@ -37,6 +37,7 @@ from stackwise.cli import (
     train,
 )
 from stackwise.cli.errors import GENERAL, INTERRUPTED, exit_code, explain, is_known
+from stackwise.tracking.units import printable
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -147,7 +148,7 @@ def _failed(error: BaseException, arguments: Sequence[str], flags: Flags) -> int
 
         traceback.print_exception(error)
     else:
-        print(explain(error), file=sys.stderr)
+        print(printable(explain(error)), file=sys.stderr)
         if not is_known(error):
             again = shlex.join(["stackwise", "--debug", *arguments])
             print(f"This was not foreseen. For the traceback: {again}", file=sys.stderr)
@@ -179,7 +180,7 @@ def _unwind(signum: int, frame: Any) -> None:
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"warning: {message}\n"
+    return f"warning: {printable(str(message))}\n"
 
 
 if __name__ == "__main__":

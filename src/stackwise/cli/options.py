@@ -142,4 +142,11 @@ Threads = Annotated[
         help="Processor threads to compute with; by default as many as torch takes, one per core.",
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Refuse folders that others may write to, that belong to somebody else or are links (exit code 8).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

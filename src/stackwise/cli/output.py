@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stackwise.storage.errors import UnsafeInputError
+from stackwise.storage.regular import folder_risks
+from stackwise.tracking.units import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,15 +50,17 @@ def print_table(
             no_wrap=index == 0,
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     out = console()
     out.print(table)
     if caption:
-        out.print(Text(caption, style="dim"))
+        out.print(Text(printable(caption), style="dim"))
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """JSON in which control characters are escapes of JSON, as they are not harmless on a terminal."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print("".join(c if printable(c) == c else f"\\u{ord(c):04x}" for c in text))
 
 
 def documents(count: int) -> str:
@@ -63,7 +70,16 @@ def documents(count: int) -> str:
 
 def note(text: str) -> None:
     """A remark that is not part of the result."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text)}", file=sys.stderr)
+
+
+def watch_folders(folders: Iterable[Path], strict: bool) -> None:
+    """Say which of the folders somebody else could have changed; with `strict` that is an UnsafeInputError."""
+    risks = [risk for folder in dict.fromkeys(folders) for risk in folder_risks(folder)]
+    if risks and strict:
+        raise UnsafeInputError("--strict: " + "; ".join(risks))
+    for risk in risks:
+        note(f"{risk}; what is read from there may not be what you wrote (--strict refuses it)")
 
 
 def next_steps(**commands: str) -> None:

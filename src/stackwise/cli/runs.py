@@ -165,7 +165,7 @@ def _print_run(folder: RunFolder, history: RunHistory) -> None:
     from stackwise.tracking import units
 
     hint = HINTS[history.status]
-    print(f"{folder.path}: {history.status}" + (f" ({hint})" if hint else ""))
+    print(units.printable(f"{folder.path}: {history.status}") + (f" ({hint})" if hint else ""))
     facts = {
         "step": f"{units.steps(history.step)} of {units.steps(history.total_steps or 0)}",
         "tokens": units.count(history.latest("tokens")),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stackwise.cli.errors import UsageError
-from stackwise.cli.options import Config, Overrides, Threads, load_config
-from stackwise.cli.output import next_steps, note
+from stackwise.cli.options import Config, Overrides, Strict, Threads, load_config
+from stackwise.cli.output import next_steps, note, watch_folders
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -34,6 +34,7 @@ def train(
     plain: Annotated[
         bool, typer.Option("--plain", help="One line per event, as in a pipe; no live display.")
     ] = False,
+    strict: Strict = False,
     threads: Threads = None,
 ) -> None:
     """Train as a configuration says.
@@ -50,6 +51,7 @@ def train(
       stackwise train my.yaml --resume
     """
     settings = load_config(config, overrides)
+    watch_folders(_folders(settings), strict)
     if allow_fallback:
         _fall_back(settings)
     if resume:
@@ -60,6 +62,16 @@ def train(
         print(run_dir)
     else:
         show_results(run_dir, settings)
+
+
+def _folders(settings: StackWiseConfig) -> list[Path]:
+    """Folders whose content decides what a run becomes."""
+    from stackwise.config.resolve import resolve
+
+    resolved, _ = resolve(settings)
+    run = Path(settings.checkpoint.dir) / settings.training.run_id
+    caches = (resolved.data.cache_dir, resolved.training.progressive.cache_dir)
+    return [run, run / "store", *(Path(cache) for cache in caches if cache)]
 
 
 def train_run(settings: StackWiseConfig, *, sinks: list[Sink] | None, again: str) -> Path:

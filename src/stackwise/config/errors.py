@@ -1,6 +1,7 @@
 """Configuration errors: every problem at once, each with its key, place and way out."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -40,7 +41,7 @@ class Problem:
         place = f"{self.file}:{self.line}" if self.line is not None else self.file
         text = ": ".join(part for part in (place, self.key, self.message) if part)
         if self.value is not NO_VALUE:
-            text += f", got {show(self.value)}"
+            text += f", got {HIDDEN if is_secret(self.key) else show(masked(self.value))}"
         if self.allowed:
             text += f"; allowed: {self.allowed}"
         if self.hint:
@@ -60,6 +61,28 @@ class ConfigError(ValueError):
             return str(self.problems[0])
         lines = [f"{len(self.problems)} problems in the configuration:"]
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+
+_SECRET = re.compile(
+    r"(.*[._-])?((?<!mask_)token|secret|password|passwd|api_?key|access_?key|credentials?)", re.IGNORECASE
+)
+HIDDEN = "(hidden)"
+"""What is shown in place of a secret."""
+
+
+def is_secret(key: str) -> bool:
+    """Whether the last word of a key says that its value is nobody's business: `hub.token`, `api_key`."""
+    return _SECRET.fullmatch(key) is not None
+
+
+def masked(data: Any) -> Any:
+    """A copy of nested data in which the values of secret keys are hidden; null stays, as it tells nothing."""
+    if isinstance(data, dict):
+        return {
+            key: HIDDEN if is_secret(str(key)) and value is not None else masked(value)
+            for key, value in data.items()
+        }
+    return [masked(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def show(value: Any) -> str:

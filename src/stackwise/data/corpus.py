@@ -13,10 +13,14 @@ import numpy.typing as npt
 from stackwise.data.errors import DamagedDataError, DataError
 from stackwise.data.files import file_sha256
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
+from stackwise.storage.errors import UnsafeInputError
+from stackwise.storage.regular import open_regular, read_json
 
 FORMAT = "stackwise-corpus"
 VERSION = 1
 SPLITS = ("train", "validation")
+DTYPES = ("<u2", "<u4")
+"""Number formats of stored tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,11 @@ class TokenSplit:
     @classmethod
     def open(cls, folder: Path, name: str, counts: dict[str, Any], dtype: str) -> "TokenSplit":
         """Map the files `NAME.bin` and `NAME.documents.bin`, whose sizes must be those of the manifest."""
+        numbers = [counts[key] for key in ("tokens", "documents", "bytes", "max_id")]
+        if any(type(n) is not int or not -1 <= n < 2**62 for n in numbers) or min(numbers[:3]) < 0:
+            raise ValueError(f"the counts of {name} are {numbers}")
+        if dtype not in DTYPES:
+            raise ValueError(f"tokens of dtype {dtype!r:.80}")
         return cls(
             name,
             _map(folder / f"{name}.bin", np.dtype(dtype), counts["tokens"]),
@@ -83,6 +92,38 @@ class TokenSplit:
             f"token {at} is id {int(self.tokens[at])}, outside a vocabulary of {vocab_size}",
             where=str(self.folder / f"{self.name}.bin") if self.folder else f"the {self.name} split",
             hint=f"set model.vocab_size to at least {self.max_id + 1} or null",
+        )
+
+    def check_batch(self, ids: npt.NDArray[np.integer[Any]], places: npt.NDArray[np.integer[Any]]) -> None:
+        """Raise DamagedDataError for ids above the largest one of the split; `places` are those of the ids in it.
+
+        On the CPU, before anything is looked up: on a GPU an id outside of an embedding ends the process.
+        """
+        if ids.size == 0 or int(ids.max()) <= self.max_id:
+            return
+        at = int(places.reshape(-1)[int((ids > self.max_id).argmax())])
+        raise DamagedDataError(
+            f"token {at}, at byte {at * self.tokens.itemsize}, is id {int(self.tokens[at])}, "
+            f"but the largest in this file was {self.max_id} when it was written",
+            where=str(self.folder / f"{self.name}.bin") if self.folder else f"the {self.name} split",
+            hint=_AGAIN.format(self.folder) if self.folder else "",
+        )
+
+    def check_documents(self) -> None:
+        """Raise DamagedDataError unless documents start at 0 and one after the other inside of the split."""
+        starts = self.doc_starts
+        if not len(starts):
+            return
+        wrong = np.flatnonzero(np.diff(starts, prepend=-1, append=self.n_tokens) <= 0)
+        if starts[0] == 0 and not wrong.size:
+            return
+        at = int(wrong[0]) if wrong.size else 0
+        raise DamagedDataError(
+            f"document {at}, at byte {8 * at}, does not start after the one before it and before token {self.n_tokens}",
+            where=str(self.folder / f"{self.name}.documents.bin")
+            if self.folder
+            else f"the {self.name} split",
+            hint=_AGAIN.format(self.folder) if self.folder else "",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,14 +164,14 @@ class Corpus:
         folder = Path(folder)
         path = folder / "manifest.json"
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = read_json(path)
             if manifest["format"] != FORMAT or manifest["version"] != VERSION:
                 raise ValueError(f"format {manifest['format']} {manifest['version']}")
             splits = [
                 TokenSplit.open(folder, name, manifest["splits"][name], manifest["dtype"]) for name in SPLITS
             ]
             tokenizer_hash = manifest["tokenizer"]["hash"]
-        except DamagedDataError:
+        except (DamagedDataError, UnsafeInputError):
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedDataError(
@@ -146,8 +187,8 @@ class Corpus:
     def verify(self) -> None:
         """Read every shard and compare it with the manifest. Raises: DamagedDataError naming the file."""
         for name in SPLITS:
-            for file, expected in self.manifest["splits"][name]["sha256"].items():
-                if file_sha256(self.folder / file) != expected:
+            for file in (f"{name}.bin", f"{name}.documents.bin"):
+                if file_sha256(self.folder / file) != self.manifest["splits"][name]["sha256"].get(file):
                     raise DamagedDataError(
                         "the content differs from its SHA-256 in the manifest",
                         where=str(self.folder / file),
@@ -165,16 +206,21 @@ _AGAIN = "delete the folder {} and prepare the data again"
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
     expected = count * dtype.itemsize
-    size = path.stat().st_size if path.exists() else None
-    if size != expected:
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
         raise DamagedDataError(
-            "the file is missing"
-            if size is None
-            else f"the file has {size} bytes, its manifest says {expected}",
-            where=str(path),
-            hint=_AGAIN.format(path.parent),
-        )
-    if count == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype)
-    # The plain array over the mapping: indexing a np.memmap pays for its bookkeeping in every batch.
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+            "the file is missing", where=str(path), hint=_AGAIN.format(path.parent)
+        ) from None
+    with open(fd, "rb") as file:
+        size = os.fstat(fd).st_size
+        if size != expected:
+            raise DamagedDataError(
+                f"the file has {size} bytes, its manifest says {expected}",
+                where=str(path),
+                hint=_AGAIN.format(path.parent),
+            )
+        if count == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        # The plain array over the mapping: indexing a np.memmap pays for its bookkeeping in every batch.
+        return np.asarray(np.memmap(file, dtype, mode="r"))

@@ -48,6 +48,7 @@ class PackedRows:
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, *, doc_mask: bool = True) -> None:
+        split.check_documents()
         self.split, self.seq_len, self.doc_mask = split, seq_len, doc_mask
         self.n_rows = max(0, split.n_tokens - 1) // seq_len
         if not self.n_rows:
@@ -57,6 +58,8 @@ class PackedRows:
         T, tokens = self.seq_len, self.split.tokens
         ids = tokens[: self.n_rows * T].reshape(self.n_rows, T)[sample_ids]
         next_ids = tokens[(sample_ids + 1) * T].astype(np.int64)
+        self.split.check_batch(ids, sample_ids[:, None] * T + np.arange(T))
+        self.split.check_batch(next_ids, (sample_ids + 1) * T)
         batch = {"input_ids": torch.from_numpy(ids.astype(np.int64))}
         if self.doc_mask:
             batch |= self._documents(sample_ids * T, next_ids)
@@ -100,6 +103,7 @@ class PaddedRows:
     def __init__(
         self, split: TokenSplit, seq_len: int, *, pad_id: int | None = None, trim: bool = False
     ) -> None:
+        split.check_documents()
         self.split, self.seq_len, self.pad_id, self.trim = split, seq_len, pad_id or 0, trim
         lengths = np.diff(split.doc_starts, append=split.n_tokens)
         pieces = -(-(lengths - 1) // seq_len)
@@ -124,9 +128,11 @@ class PaddedRows:
         place = start[:, None] + np.arange(T)
         real = place < end[:, None]
         ids = tokens[np.minimum(place, len(tokens) - 1)].astype(np.int64)
+        self.split.check_batch(ids, np.minimum(place, len(tokens) - 1))
         ids[~real] = self.pad_id
         follows = start + T
         next_ids = tokens[np.minimum(follows, len(tokens) - 1)].astype(np.int64)
+        self.split.check_batch(next_ids, np.minimum(follows, len(tokens) - 1))
         next_ids[follows >= end] = NO_TARGET
         batch = {
             "input_ids": torch.from_numpy(ids),

@@ -20,6 +20,8 @@ from stackwise.data.settings import DataSettings
 
 STDLIB_MAX_BYTES = 4_000_000
 """Cap of the standard library's text when `data.max_bytes` is null: enough for a demo, read in a moment."""
+MAX_LINE = 256 * 2**20
+"""Bytes of a row of JSONL: one document, which is held in memory."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +186,24 @@ def _read_text(path: Path, text_key: str) -> Iterator[Document]:
 def _read_jsonl(path: Path, text_key: str) -> Iterator[Document]:
     offset = 0
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number in itertools.count(1):
+            line = stream.readline(MAX_LINE + 1)
+            if not line:
+                return
             where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise DataError(
+                    f"this line has more than {MAX_LINE:,} bytes",
+                    where=f"{where}, byte {offset}",
+                    hint="split the document into rows, or read it with data.source=text",
+                )
             text = _decode(line, path, offset)
             offset += len(line)
             if not text.strip():
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
                 raise DamagedDataError(
                     f"this line is not JSON ({error})", where=where, hint="each line holds one JSON object"
                 ) from error
@@ -238,14 +249,27 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
 
 
 def _decode(data: bytes, path: Path, offset: int = 0) -> str:
+    if offset == 0 and data.startswith(_COMPRESSED):
+        raise DamagedDataError("this is a compressed file", where=str(path), hint="unpack it first")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DamagedDataError(
             f"0x{data[error.start]:02x} is not valid UTF-8 here ({error.reason})",
             where=f"{path}: byte {offset + error.start}",
             hint="convert the file, for example with `iconv -f latin1 -t utf-8`",
         ) from error
+    if (at := data.find(0)) >= 0:
+        raise DamagedDataError(
+            "a zero byte: this is a binary file, or text in UTF-16",
+            where=f"{path}: byte {offset + at}",
+            hint="convert the file, for example with `iconv -f utf-16 -t utf-8`, or take the zeros out",
+        )
+    return text
+
+
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh9", b"\xfd7zXZ")
+"""How gzip, zstd, zip, bzip2 and xz begin."""
 
 
 def _text_of(row: dict[str, Any], text_key: str, where: str) -> str:

@@ -131,6 +131,22 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def folder_risks(path: Path) -> list[str]:
+    """Why somebody else may change what is in a folder, or have put it there; a folder that is not there is safe."""
+    risks = []
+    if path.is_symlink():
+        risks.append(f"{path} is a link to {os.path.realpath(path)}")
+    if path.exists():
+        facts = path.stat()
+        if facts.st_uid != os.geteuid():
+            risks.append(f"{path} belongs to the user {facts.st_uid}, not to you ({os.geteuid()})")
+        if facts.st_mode & stat.S_IWOTH:
+            risks.append(f"{path} can be written by everybody; `chmod o-w` changes that")
+        elif facts.st_mode & stat.S_IWGRP and facts.st_gid != os.getegid():
+            risks.append(f"{path} can be written by the group {facts.st_gid}; `chmod g-w` changes that")
+    return risks
+
+
 def _refuse_number(text: str) -> NoReturn:
     raise UnsafeInputError(f"{text} is no JSON number")
 

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from stackwise.config.document import dump, parse
+from stackwise.config.errors import ConfigError, masked
 from stackwise.storage import ops
 from stackwise.tracking import units
 from stackwise.tracking.folder import RunFolder
@@ -305,7 +307,7 @@ def _samples(run: RunHistory) -> str:
 
 def _folded(run: RunHistory, folder: RunFolder) -> str:
     sections = [
-        ("Configuration", folder.config.name, _file_text(folder.config)),
+        ("Configuration", folder.config.name, _config_text(folder.config)),
         ("Environment", folder.environment.name, _environment_text(folder.environment)),
     ]
     if run.notes:
@@ -335,6 +337,16 @@ def _flat_lines(prefix: str, facts: dict[str, Any]) -> list[str]:
         else:
             lines.append(f"{prefix}{name}: {value if isinstance(value, str) else json.dumps(value)}")
     return lines
+
+
+def _config_text(path: Path) -> str:
+    """The configuration as it was written, but for secrets: a report is shown to others."""
+    text = _file_text(path)
+    try:
+        data = parse(text, path.name).data
+    except ConfigError:
+        return text
+    return text if masked(data) == data else dump(masked(data))
 
 
 def _file_text(path: Path) -> str:
