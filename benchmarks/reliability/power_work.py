@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reliability.children import prepare_to_fork
 from reliability.runs import BY_NAME, P, config_of, differences, hashes, outcome_of, text
+from stackwise.checkpoint.retention import Retention
 from stackwise.checkpoint.store import Store
 from stackwise.data.corpus import Corpus
 from stackwise.data.prepare import prepare
@@ -65,14 +66,14 @@ def commits(root: Path, draw: random.Random, mark: Mark) -> Check:
             # from here on what goes is no longer promised, though it may still be there
             for identity in sorted(keep - _kept(store, keep_last=2)):
                 mark(f"gone {identity}")
-            store.prune(2)
+            store.prune(Retention(2))
 
     def check(folder: Path, promised: Sequence[str], go_on: bool = False) -> None:
         store = Store(folder / "store")
         _check_commits(store, promised, contents)
         if go_on:
             written = store.commit(parts, {"step": 99}, step=99)
-            store.prune(1)
+            store.prune(Retention(1))
             assert [one.id for one in store.commits()][-1] == written.id
             _check_commits(Store(folder / "store"), [f"commit {written.id}"], {})
 

@@ -258,8 +258,10 @@ class Store(Names):
                 return Pruned(
                     tuple(commit.id for commit in doomed), len(garbage), sum(garbage.values()), keep
                 )
-            if commits and self.refs.latest() != commits[-1].id:
-                self.refs.write_latest(commits[-1].id)
+            if doomed:  # refs/latest may name one of them: a name that is not synced may be the old one again
+                if self.refs.latest() != commits[-1].id:
+                    self.refs.write_latest(commits[-1].id)
+                files.sync_dir(self.refs.folder)
             # Manifests first, durably: at no time does a manifest list an object that may be gone.
             for commit in doomed:
                 files.remove(commit.path)
