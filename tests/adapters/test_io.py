@@ -32,6 +32,7 @@ def test_a_set_comes_back_from_its_files(rack, make_rack, ids, tmp_path, method,
     attach(rack.stacks[0], AdapterSpec("trunk"))
     folder = save_set(rack, "stack", tmp_path / "set")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -133,6 +134,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_attached(rack, make_rack, t
     gone = next(n for n in some if "s1" in n and "q.lora_B" in n)
     del some[gone]
     save_file(some, file)
+    refuses(make_rack(), "adapter_model.safetensors has changed since it was written")
+    (tmp_path / "SHA256SUMS").unlink()
     refuses(make_rack(), r"missing blocks.0.attn.q.lora_B.stack.weight")
     save_file(tensors, file)
     config["rank_pattern"][r"stacks\.s0\.blocks\.0\.attn\.q"] = 9

@@ -27,6 +27,7 @@ from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
 from stackwise.storage import ops
 from stackwise.storage.regular import read_json, refuse_pickles
+from stackwise.storage.sums import check_sums, write_sums
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
@@ -57,6 +58,8 @@ def save_set(module: Rack | Stack, name: str, folder: str | Path) -> Path:
     ops.make_dir(folder)
     ops.replace_text(folder / CONFIG, json.dumps(_config(specs, tensors), indent=2, sort_keys=True))
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_sums(folder, [CONFIG, WEIGHTS])
+    ops.sync_dir(folder)
     return folder
 
 
@@ -69,6 +72,7 @@ def load_set(module: Rack | Stack, folder: str | Path, name: str) -> None:
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     refuse_pickles(folder, WEIGHTS)
+    check_sums(folder, [CONFIG, WEIGHTS])
     held, _ = load_tensors(folder / WEIGHTS)
     tensors = {_model_name(key, name): tensor for key, tensor in held.items()}
     specs: dict[str, AdapterSpec] = {}

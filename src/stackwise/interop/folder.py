@@ -12,10 +12,12 @@ from stackwise.model.files import open_tensors
 from stackwise.storage.errors import UnsafeInputError
 from stackwise.storage.header import Header, read_header
 from stackwise.storage.regular import PICKLES, check_file_name, read_json, refuse_pickles
+from stackwise.storage.sums import FILE as SUMS
+from stackwise.storage.sums import check_sums
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-HUB_FILES = (CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json")
+HUB_FILES = (CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", SUMS)
 
 
 def locate(name: str | Path) -> Path:
@@ -53,7 +55,8 @@ class ModelFolder:
 
     Raises InterchangeError for a folder without usable weights, FileNotFoundError for one without configuration,
     DamagedFileError for a file that is not whole and UnsafeInputError for what must not be read: pickles, files that
-    are no regular files of the folder, descriptions that name code, tensors that lie in two files.
+    are no regular files of the folder, descriptions that name code, tensors that lie in two files. Where the folder has
+    the SHA256SUMS that an export writes, what will be read is compared with it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,6 +71,7 @@ class ModelFolder:
         names = sorted(set(self._files.values())) or [WEIGHTS]
         self._headers: dict[str, Header] = {name: read_header(self.path / name) for name in names}
         self._check_places()
+        check_sums(self.path, [CONFIG, GENERATION, INDEX, "tokenizer.json", *names])
         rows = {key: row for header in self._headers.values() for key, row in header.rows.items()}
         self._files = self._files or dict.fromkeys(rows, WEIGHTS)
         self.shapes: dict[str, tuple[int, ...]] = {key: row.shape for key, row in rows.items()}

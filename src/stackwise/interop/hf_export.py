@@ -29,6 +29,7 @@ from stackwise.model.describe import rack_spec
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
 from stackwise.storage import ops
+from stackwise.storage.sums import write_sums
 
 DTYPES = {
     "float32": torch.float32,
@@ -151,6 +152,7 @@ def write_model(
         write_tokenizer(tokenizer, folder, plain.spec.max_seq_len)
         title = out.name if config is None else config.training.run_id
         write_card(folder, plain.spec, rack.get_parameter_count(), name, title, dtype, facts or {})
+        write_sums(folder)
     return Exported(out, name, files, notes)
 
 

@@ -27,6 +27,7 @@ from stackwise.model.files import save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
 from stackwise.storage import ops
+from stackwise.storage.sums import write_sums
 
 _WAY_OUT = "leave --separate out, which folds the sets into the weights"
 
@@ -106,6 +107,7 @@ def _write_set(rack: Rack, rows: list[Row], name: str, folder: Path, base: str) 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     ops.write_new(folder / CONFIG, [text.encode()], kind="export")
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_sums(folder, [CONFIG, WEIGHTS])
 
 
 def _layers(rack: Rack, name: str) -> dict[str, _Set]:
