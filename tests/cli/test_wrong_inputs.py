@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_rate(cli, folder):
         "training.max_grad_norm=0",
     )  # fmt: skip
     assert result.code == 5
-    assert "not finite at step 2, stage 1 (stack 1), learning rate" in result.err
+    assert "stopped at step 2, stage 1 (stack 1), learning rate" in result.err
     assert "lower training.optimizer.lr" in result.err
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,21 @@ def train(
             help="Where the newest commit is damaged: set it aside and go on from the newest whole one.",
         ),
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="KEY,...",
+            help="Keys that the stored run may go on with other values of, such as training.optimizer.lr.",
+        ),
+    ] = None,
+    require_exact: Annotated[
+        bool,
+        typer.Option(
+            "--require-exact",
+            help="Refuse to continue where versions, threads or flags are not those of the stored run.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the run folder.")] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="One line per event, as in a pipe; no live display.")
@@ -40,8 +55,8 @@ def train(
     """Train as a configuration says.
 
     Everything is written to `checkpoint.dir`/`training.run_id`: resolved configuration, environment, metrics,
-    tokenizer, checkpoints, plots, report and sample. Ctrl-C and SIGTERM save first (a second one stops at once); the
-    same command then continues exactly where it stopped.
+    tokenizer, checkpoints, plots, report and sample. Ctrl-C, SIGTERM and SIGHUP save first (a second one stops at
+    once); the same command then continues exactly where it stopped.
 
     \b
     Examples:
@@ -49,6 +64,7 @@ def train(
       stackwise train my.yaml training.optimizer.lr=1e-3 training.run_id=faster
       stackwise train my.yaml data.source=text data.path='books/*.txt'
       stackwise train my.yaml --resume
+      stackwise train my.yaml training.optimizer.lr=3e-4 --resume --allow-change training.optimizer.lr
     """
     settings = load_config(config, overrides)
     watch_folders(_folders(settings), strict)
@@ -57,7 +73,13 @@ def train(
     if resume:
         _demand_run(settings)
     again = ["stackwise", "train", config, *(overrides or ()), "--resume"]
-    run_dir = train_run(settings, sinks=choose_sinks(quiet, plain), again=shlex.join(again))
+    run_dir = train_run(
+        settings,
+        sinks=choose_sinks(quiet, plain),
+        again=shlex.join(again),
+        allow_change=",".join(allow_change or ()).split(","),
+        require_exact=require_exact,
+    )
     if quiet:
         print(run_dir)
     else:
@@ -74,13 +96,16 @@ def _folders(settings: StackWiseConfig) -> list[Path]:
     return [run, run / "store", *(Path(cache) for cache in caches if cache)]
 
 
-def train_run(settings: StackWiseConfig, *, sinks: list[Sink] | None, again: str) -> Path:
-    """Train and give back the run folder; a stop by signal is raised again with the command that continues."""
+def train_run(settings: StackWiseConfig, *, sinks: list[Sink] | None, again: str, **options: Any) -> Path:
+    """Train and give back the run folder; a stop by signal is raised again with the command that continues.
+
+    `options` are those of `stackwise.train`.
+    """
     from stackwise.training.errors import Interrupted
     from stackwise.training.run import train as run_training
 
     try:
-        return Path(run_training(settings, sinks=sinks)["run_dir"])
+        return Path(run_training(settings, sinks=sinks, **options)["run_dir"])
     except Interrupted as error:
         raise Interrupted(error.signum, f"{error}. To continue:\n  {again}") from None
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "memory_bytes", "peak_rss_bytes", "rss_bytes"]
+__all__ = ["environment", "memory_bytes", "package_version", "peak_rss_bytes", "rss_bytes"]
 
 _PACKAGES = (
     "stackwise",
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
     """
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": {name: version for name in _PACKAGES if (version := package_version(name)) is not None},
         "os": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu_model(),
@@ -80,7 +80,8 @@ def peak_rss_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; null where the package is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

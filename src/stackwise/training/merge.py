@@ -24,8 +24,9 @@ from stackwise.tracking.events import Tracker
 from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile, read_metrics
 from stackwise.training import state
+from stackwise.training.changes import changes_between, course_of
 from stackwise.training.progress import Progress
-from stackwise.training.stored import OpenRun, course_changes, open_run
+from stackwise.training.stored import OpenRun, open_run
 
 AROUND = ("embedding", "norm", "head")
 
@@ -94,10 +95,10 @@ def _common_config(runs: list[OpenRun]) -> StackWiseConfig:
                 f"{run.folder.path} is no run of independent stacks (training.progressive.building_mode is "
                 f"{run.config.training.progressive.building_mode}); only those can be merged"
             )
-        if changed := course_changes(first, shared(run)):
+        if changed := changes_between(course_of(first), course_of(shared(run))):
             raise CheckpointError(
                 f"{run.folder.path} has another configuration than {runs[0].folder.path}:\n"
-                + "\n".join(f"  {key}: {show(new)}, not {show(old)}" for key, old, new in changed)
+                + "\n".join(f"  {c.key}: {show(c.new)}, not {show(c.old)}" for c in changed)
             )
         for name in ("corpus", "tokenizer"):
             if run.meta.get(name) != runs[0].meta.get(name):

@@ -44,6 +44,8 @@ class Progress:
     """Whether this stage keeps the outputs of its frozen trunk; decided once, for it may round them."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished stage."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed on the way: step, key, old, new."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,6 +12,7 @@ What is drawn at random depends on the seed and on these counters alone, so ther
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -20,18 +21,30 @@ import torch
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.retention import Retention
 from stackwise.checkpoint.store import Store
+from stackwise.config.errors import show
+from stackwise.config.resolve import resolve
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.stage import Stage
 from stackwise.data.errors import DataError
 from stackwise.data.loader import TokenLoader
 from stackwise.objectives.base import Objective
+from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile
 from stackwise.training import state
+from stackwise.training.changes import (
+    Change,
+    approve,
+    changes_between,
+    continued_stages,
+    course_of,
+    following,
+)
 from stackwise.training.errors import GoBack, IncompatibleResumeError
 from stackwise.training.guard import RECENT, ROLLBACKS
 from stackwise.training.hooks import Hooks
 from stackwise.training.loop import Engine
 from stackwise.training.progress import Progress
+from stackwise.training.surroundings import differences
 
 
 class Where(TypedDict):
@@ -44,6 +57,38 @@ class Where(TypedDict):
     objective: Objective
 
 
+def approved(
+    config: StackWiseConfig,
+    resolved: StackWiseConfig,
+    folder: RunFolder,
+    meta: dict[str, Any],
+    allow: list[str],
+    **vocabulary: Any,
+) -> list[Change]:
+    """The changes of settings with which a run goes on; IncompatibleResumeError unless all are allowed."""
+    changes = changes_between(_course(meta, folder), course_of(resolved))
+    if not changes:
+        return []
+    unset = {value.key for value in resolve(config, **vocabulary)[1]}
+    given = [change.key for change in changes if change.kind == "schedule" and change.key not in unset]
+    follows, would = (following(config, changes, keys, **vocabulary) for keys in (allow, given))
+    return approve(changes, allow, folder.path, follows, would)
+
+
+def _course(meta: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The settings that a commit was made with; older commits do not have them, and their run's are taken."""
+    course: dict[str, Any] | None = meta.get("config")
+    return course_of(StackWiseConfig.from_yaml(folder.config)) if course is None else course
+
+
+def not_exact(meta: dict[str, Any], here: dict[str, Any], changes: list[Change]) -> str | None:
+    """Why the run will not have the bits of an uninterrupted one; null where it will."""
+    there = meta.get("environment")
+    reasons = ["the commit does not say where it was made"] if there is None else differences(there, here)
+    reasons += [f"{c.key} {show(c.old)} -> {show(c.new)}" for c in changes]
+    return f"resume is not bit-exact: {', '.join(reasons)}" if reasons else None
+
+
 def restore(
     config: StackWiseConfig,
     loader: TokenLoader,
@@ -51,15 +96,24 @@ def restore(
     commit: Commit,
     metrics: MetricsFile,
     where: Where,
+    fresh: list[Stage],
+    changes: bool = False,
 ) -> Engine:
-    """The engine as it was when the commit was made. A run that cannot go on: IncompatibleResumeError."""
+    """The engine as it was when the commit was made. A run that cannot go on: IncompatibleResumeError.
+
+    `fresh`: the stages of the config. They take the place of those still to come where the commit was made with other
+    settings, and with `changes`, which is for commits that do not say so.
+    """
     meta = state.read_meta(store, commit)
     if "imported" in meta:
         raise IncompatibleResumeError(
             f"{store.root.parent} is an imported model, which has no training to go on with; give the run that starts "
             "from it a training.run_id of its own"
         )
+    check_data(meta, where["identity"])
     stages, progress = state.stages_of(meta), state.progress_of(meta)
+    if changes or meta.get("config", course := course_of(config)) != course:
+        stages = continued_stages(stages, fresh, progress)
     restore_position(loader, stages, progress, meta)
     restore_metrics(metrics, meta)
     rack = state.load_rack(store, commit, meta)
@@ -67,6 +121,17 @@ def restore(
     engine.restore(state.load_optimizer_state(store, commit))
     restore_scale(engine, meta)
     return engine
+
+
+def check_data(meta: dict[str, Any], identity: Mapping[str, str]) -> None:
+    """The text and the tokenizer are those that the run was trained with, whatever their files are called."""
+    for name, key in (("corpus", "data"), ("tokenizer", "tokenizer")):
+        if meta[name] != identity[key]:
+            raise IncompatibleResumeError(
+                f"the {name} is another one than the run was trained with (hash {meta[name][:16]} there, "
+                f"{identity[key][:16]} here): the text, or how it is read, has changed. The commits are intact; put "
+                "the text back to continue, or choose another training.run_id for a new run"
+            )
 
 
 def restore_position(
@@ -96,7 +161,9 @@ def restore_scale(engine: Engine, meta: dict[str, Any]) -> None:
         engine.has_scaled = True
 
 
-def go_back(engine: Engine, wish: GoBack, store: Store, metrics: MetricsFile, where: Where) -> Engine:
+def go_back(
+    engine: Engine, wish: GoBack, store: Store, metrics: MetricsFile, where: Where, fresh: list[Stage]
+) -> Engine:
     """Go on from an earlier commit of this stage, or of the end of the stage before, behind the data seen since.
 
     The commit is the newest that is `wish.steps` steps old, or else the oldest there is. What it holds is saved again
@@ -109,9 +176,10 @@ def go_back(engine: Engine, wish: GoBack, store: Store, metrics: MetricsFile, wh
     newest = store.commits()[-1].number
     assert isinstance(engine.loader, TokenLoader)
     engine.drop()
-    again = restore(engine.config, engine.loader, store, commit, metrics, where)
+    again = restore(engine.config, engine.loader, store, commit, metrics, where, fresh)
     q = again.progress
     abandoned = [commit.number + 1, newest] if newest > commit.number else []
+    q.changes = p.changes
     q.guard.went_back(p.step, p.guard, abandoned)
     if (q.stage, q.begun) == (p.stage, True):
         again.loader.skip(p.stage_batches - q.stage_batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -39,31 +39,41 @@ from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile
 from stackwise.tracking.report import build_report
 from stackwise.training import state
+from stackwise.training.changes import Change, check_allowed, record
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
-from stackwise.training.errors import GoBack, Interrupted
+from stackwise.training.errors import GoBack, IncompatibleResumeError, Interrupted
 from stackwise.training.hooks import Hooks
 from stackwise.training.loop import Engine
 from stackwise.training.repair import mend_scores
-from stackwise.training.resume import Where, go_back, restore, retention_of
+from stackwise.training.resume import Where, approved, go_back, not_exact, restore, retention_of
 from stackwise.training.samples import sample_text
 from stackwise.training.start import start_from
 from stackwise.training.stored import open_folder
+from stackwise.training.surroundings import surroundings
 from stackwise.training.validate import bits_per_byte, validate
 
 
 def train(
-    config: StackWiseConfig, *, sinks: list[Sink] | None = None, report: bool | None = None
+    config: StackWiseConfig,
+    *,
+    sinks: list[Sink] | None = None,
+    report: bool | None = None,
+    allow_change: Sequence[str] = (),
+    require_exact: bool = False,
 ) -> dict[str, Any]:
     """Run a config to its end and return what happened.
 
     Writes `checkpoint.dir`/`training.run_id`: resolved config, environment, metrics, tokenizer, commits, plots,
     report and sample. A folder that holds a run of the same config is continued exactly where it stopped
-    (`checkpoint.resume`). `sinks` replace the console; `report` overrides `tracking.report`.
+    (`checkpoint.resume`). `sinks` replace the console; `report` overrides `tracking.report`. `allow_change`: keys of
+    the schedule that a resumed run may go on with other values of. `require_exact`: refuse to resume where the
+    result would not have the bits of an uninterrupted run, for its versions or threads.
 
     Returns {run_dir, training_history, final_loss, eval_loss, total_training_time, architecture, resumed_from}.
     Raises ConfigError, DataError, RunFolderError, IncompatibleResumeError, NumericError, Interrupted.
     """
     config.validate()
+    allow = check_allowed(allow_change)
     device = pick_device(config.training.device)
     dtype = pick_dtype(config.training.dtype, device)
     if device.type == "cpu":
@@ -80,8 +90,18 @@ def train(
         stack.enter_context(deterministic(resolved.training.deterministic))
         stack.callback(loader.close)
         folder, store, commit = open_folder(resolved)
+        meta, changes, inexact = {}, list[Change](), None
+        if commit is not None:
+            meta = state.read_meta(store, commit)
+            vocabulary = {"vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id}
+            changes = approved(config, resolved, folder, meta, allow, **vocabulary)
+            inexact = not_exact(meta, surroundings(device, dtype), changes)
+        if inexact is not None and require_exact:
+            raise IncompatibleResumeError(
+                f"{inexact}. Nothing was changed; leave --require-exact out to go on"
+            )
         stack.enter_context(store.lock())
-        metrics = MetricsFile(folder.path, None if commit is None else store.meta(commit))
+        metrics = MetricsFile(folder.path, None if commit is None else meta)
         listed = [ConsoleProgress()] if sinks is None else sinks
         tracker = stack.enter_context(Tracker([metrics, *listed]))
         for sentence in mend_scores(folder, store):
@@ -97,8 +117,8 @@ def train(
             "identity": identity_of(resolved, objective, corpus, device, dtype),
             "objective": objective,
         }
+        stages = stages_of_config(resolved, loader_steps(resolved, loader))
         if commit is None:
-            stages = stages_of_config(resolved, loader_steps(resolved, loader))
             if (short := short_phase(resolved, stages)) is not None:
                 notes.append(short)
             rack = Rack(first_spec(resolved, stages), seed=resolved.training.seed)
@@ -111,10 +131,13 @@ def train(
                 ]
             engine = Engine(resolved, rack, stages, loader, **where)
         else:
-            engine = restore(resolved, loader, store, commit, metrics, where)
+            engine = restore(resolved, loader, store, commit, metrics, where, stages, bool(changes))
         _announce(engine, tracker, notes, derived, corpus, commit)
-        if metrics.problem is not None:
-            tracker.emit({"event": "note", "message": metrics.problem})
+        for message in filter(None, (metrics.problem, inexact)):
+            tracker.emit({"event": "note", "message": message})
+        if changes:
+            engine.progress.changes += record(changes, engine.progress.step)
+            engine.save_again()
         status = "failed"
         try:
             while True:
@@ -122,7 +145,7 @@ def train(
                     engine.run()
                     break
                 except GoBack as wish:
-                    engine = go_back(engine, wish, store, metrics, where)
+                    engine = go_back(engine, wish, store, metrics, where, stages)
             status = "done"
         except Interrupted:
             status = "stopped"

@@ -17,8 +17,10 @@ from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.stage import Stage
 from stackwise.model.rack import Rack
 from stackwise.model.spec import RackSpec
+from stackwise.training.changes import course_of
 from stackwise.training.optim import OptimizerState
 from stackwise.training.progress import Progress
+from stackwise.training.surroundings import surroundings
 
 if TYPE_CHECKING:
     from stackwise.training.loop import Engine
@@ -45,6 +47,8 @@ def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
         "stages": [stage.to_dict() for stage in engine.stages],
         "progress": engine.progress.to_dict(),
         "loader": engine.loader.state_dict(),
+        "config": course_of(engine.config),
+        "environment": surroundings(engine.device, engine.dtype),
         "scaler": engine.scaler.state_dict() if engine.has_scaled else None,
         **extra,
     }

@@ -1,4 +1,4 @@
-"""Stored runs: opening one to use it, and deciding whether a config continues it."""
+"""Stored runs: opening one to use it, and finding the one that a config continues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
-from stackwise.config.errors import show
 from stackwise.config.root import StackWiseConfig
 from stackwise.data.tokenizers import Tokenizer, load_tokenizer
 from stackwise.model.rack import Rack
@@ -18,16 +17,6 @@ from stackwise.model.spectral import plain_tensors
 from stackwise.precision.convert import restore_full_precision
 from stackwise.tracking.folder import RunFolder, RunFolderError
 from stackwise.training import state
-from stackwise.training.errors import IncompatibleResumeError
-
-FREE = {"checkpoint", "tracking", "generation", "evaluation"}
-"""Sections that a resumed run may change; the others decide its course."""
-DECIDING = {"checkpoint.init_from"}
-"""Keys of these sections that decide it all the same."""
-FREE_KEYS = {
-    *("training.device", "training.run_id", "training.compile", "data.num_workers", "data.cache_dir"),
-    *("training.residency", "training.progressive.trunk_residency"),
-}
 
 
 @dataclass
@@ -109,32 +98,4 @@ def open_folder(config: StackWiseConfig) -> tuple[RunFolder, Store, Commit | Non
     if commit is None:  # stopped before its first save: nothing to continue, nothing to lose
         with store.lock():  # nobody may be training there
             return RunFolder.create(path, overwrite=True), Store(folder.store), None
-    changed = course_changes(StackWiseConfig.from_yaml(folder.config), config)
-    if changed:
-        raise IncompatibleResumeError(
-            f"{folder.path} holds a run with other settings:\n"
-            + "\n".join(f"  {key}: {show(old)} there, {show(new)} here" for key, old, new in changed)
-            + "\nUse its settings to continue it, another training.run_id for a new run beside it, or "
-            "checkpoint.overwrite=true to replace it"
-        )
     return folder, store, commit
-
-
-def course_changes(old: StackWiseConfig, new: StackWiseConfig) -> list[tuple[str, Any, Any]]:
-    """Keys that decide the course of a run and differ: (key, old value, new value)."""
-
-    def flat(prefix: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict) and value:
-            rows: dict[str, Any] = {}
-            for key, child in value.items():
-                rows.update(flat(f"{prefix}.{key}" if prefix else key, child))
-            return rows
-        return {prefix: value}
-
-    before, after = flat("", old.to_dict()), flat("", new.to_dict())
-    return [
-        (key, before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and (key in DECIDING or (key.split(".")[0] not in FREE and key not in FREE_KEYS))
-    ]
