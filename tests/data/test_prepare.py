@@ -267,8 +267,10 @@ def test_verify_finds_a_changed_byte_that_sizes_cannot_show(rows, tmp_path):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedDataError, match=r"train\.bin: the content differs"):
+    with pytest.raises(DamagedDataError, match=r"train\.bin: has changed since it was written"):
         Corpus.open(corpus.folder).verify()
+    with pytest.raises(DamagedDataError, match="delete the folder"):
+        prepare(rows, tmp_path / "cache")  # as the next run reads it
 
 
 def test_ids_outside_a_vocabulary_are_named_by_file_and_position(rows, tmp_path):

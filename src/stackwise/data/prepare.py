@@ -18,6 +18,7 @@ from stackwise.data.settings import DataSettings
 from stackwise.data.sources import Document, Source, open_eval_source, open_source
 from stackwise.data.tokenizers import CharTokenizer, LibraryTokenizer, Tokenizer, open_tokenizer, train_bpe
 from stackwise.storage import ops
+from stackwise.storage.sums import write_sums
 
 
 def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus:
@@ -25,7 +26,8 @@ def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus
 
     Documents are encoded one at a time. With several documents each ends with the tokenizer's
     end-of-text token; a single document has nothing to be separated from. The folder appears whole or
-    not at all, its name depends on the text and settings, and a folder that is already there is used.
+    not at all, its name depends on the text and settings, and a folder that is already there is used, after its files
+    were compared with their hashes.
 
     Raises: FileNotFoundError naming the key; DataError for text or a tokenizer that cannot be used;
     DamagedDataError for broken files, also those of an earlier preparation.
@@ -40,7 +42,9 @@ def prepare(settings: DataSettings, cache_dir: str | os.PathLike[str]) -> Corpus
     }
     folder = Path(cache_dir) / sha256_of(recipe)[:16]
     if folder.exists():
-        return Corpus.open(folder, reused=True)
+        corpus = Corpus.open(folder, reused=True)
+        corpus.verify()
+        return corpus
     try:
         with ops.appearing(folder) as part:
             _write(part, recipe, tokenizer, source, held_out, settings)
@@ -226,6 +230,7 @@ def _write(
     }
     tokenizer.save(folder / "tokenizer.json")
     ops.write_new(folder / "manifest.json", [json.dumps(manifest, indent=1).encode()], kind="export")
+    write_sums(folder)
 
 
 def _name(source: Source) -> str:

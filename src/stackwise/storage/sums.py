@@ -32,34 +32,37 @@ def check_sums(folder: Path, names: Iterable[str]) -> None:
 
     A folder without a list, as others make them, is not checked, nor are files that the list does not name.
     """
+    if (folder / FILE).exists() and (wrong := damaged(folder, names)) is not None:
+        path, what = wrong
+        raise DamagedFileError(
+            f"{path} {what}. Fetch or write the folder again; delete {FILE} if the change is your own."
+        )
+
+
+def damaged(folder: Path, names: Iterable[str]) -> tuple[Path, str] | None:
+    """The first of these files that is not the one that was listed, with what is wrong; null: they all are."""
     try:
-        fd = open_regular(folder / FILE)
+        with open(open_regular(folder / FILE), "rb") as file:
+            lines = file.read(_MAX_BYTES).decode("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return
-    with open(fd, "rb") as file:
-        lines = file.read(_MAX_BYTES).decode("utf-8", errors="replace").splitlines()
+        return folder / FILE, "is gone"
     listed = [_LINE.fullmatch(line) for line in lines]
     if not lines or None in listed:
         number = 1 + (listed.index(None) if None in listed else 0)
-        raise DamagedFileError(
-            f"{folder / FILE} is damaged: line {number} is no SHA-256 and a name. {_WAY_OUT}"
-        )
+        return folder / FILE, f"is damaged: line {number} is no SHA-256 and a name"
     wanted = {found[2]: found[1] for found in listed if found is not None}
     for name in names:
-        if name not in wanted:
-            continue
-        try:
-            found = _sha256(folder / name)
-        except FileNotFoundError:
-            raise DamagedFileError(f"{folder / name} is gone, which {FILE} lists. {_WAY_OUT}") from None
-        if found != wanted[name]:
-            raise DamagedFileError(
-                f"{folder / name} has changed since it was written: its SHA-256 is {found}, {FILE} says {wanted[name]}. "
-                + _WAY_OUT
-            )
-
-
-_WAY_OUT = f"Fetch or write the folder again; delete {FILE} if the change is your own."
+        if name in wanted:
+            try:
+                found = _sha256(folder / name)
+            except FileNotFoundError:
+                return folder / name, f"is gone, which {FILE} lists"
+            if found != wanted[name]:
+                return (
+                    folder / name,
+                    f"has changed since it was written: its SHA-256 is {found}, {FILE} says {wanted[name]}",
+                )
+    return None
 
 
 def _sha256(path: Path) -> str:
