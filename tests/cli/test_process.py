@@ -82,12 +82,12 @@ def test_a_signal_before_training_begins_leaves_nothing_half_done(folder):
     (folder / "big.txt").write_text("all work and no play makes jack a dull boy\n" * 400_000)
     process = start("data", "prepare", "tiny.yaml", "data.path=big.txt")
     deadline = time.monotonic() + 60
-    while not list(folder.glob("runs/.data/.part-*")) and time.monotonic() < deadline:
+    while not list(folder.glob("runs/.data/.*")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert not list(folder.glob("runs/.data/.part-*"))
+    assert not list(folder.glob("runs/.data/.*"))
 
 
 def test_a_reader_that_leaves_is_no_error(folder):

@@ -510,6 +510,8 @@ PROVEN_ELSEWHERE = {
     "training.rollback_steps": "tests/training/test_guard.py::test_a_spike_goes_back_so_many_steps_and_skips_what_lies_between",
     "training.recheck": "tests/training/test_guard.py::test_computing_twice_finds_hardware_that_errs",
     "training.gradient_checkpointing": "tests/invariants/test_runs.py::test_gradient_checkpointing_changes_nothing_but_memory",
+    "checkpoint.asynchronous": "tests/training/test_keeper.py::test_auto_copies_only_what_is_small_where_the_device_is_the_processor",
+    "checkpoint.on_save_error": "tests/training/test_keeper.py::test_a_full_disk_stops_the_run_or_is_noted",
     "checkpoint.full_precision_backup": "tests/invariants/test_formats.py::test_without_the_backup_only_the_rounded_weights_are_there",
     "base": "tests/config/test_inheritance.py::test_defaults_then_parents_in_order_then_file_then_overrides",
     "data.source": "tests/data/test_sources.py::test_jsonl_rows_are_documents_and_blank_lines_are_not",

@@ -96,6 +96,7 @@ def test_what_stays_open_depends_on_the_machine_or_is_a_choice():
         "data.path",
         "data.eval_path",
         "data.max_bytes",
+        "checkpoint.asynchronous",
         "checkpoint.resume",
         "checkpoint.keep_every",
         "checkpoint.init_from",

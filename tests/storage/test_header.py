@@ -140,11 +140,10 @@ def test_files_of_other_programs_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"__metadata__": {"a": "1", "b": "2"}},
         {"b": {**SECOND, "data_offsets": [0, 3]}, "a": {**GOOD, "data_offsets": [3, 11]}},
         {"a": {**GOOD, "dtype": "U32"}},
     ],
-    ids=["metadata in an order of chance", "not aligned", "a dtype that is never stored"],
+    ids=["not aligned", "a dtype that is never stored"],
 )
 def test_objects_of_a_store_are_held_to_more(fields: dict[str, Any]) -> None:
     text = json.dumps(fields).encode()

@@ -164,6 +164,7 @@ def _events(
             bytes_written=12 * stage["trainable_params"],
             bytes_total=4 * stage["params"] + 8 * stage["trainable_params"],
             seconds=0.04,
+            blocked_seconds=0.002,
         )
         yield evaluate(i, "stage_end", evaluation)
         yield event("sample", step=step, stage=i, prompt="def ", text=sample)

@@ -167,7 +167,7 @@ def test_a_log_that_is_not_the_one_of_the_commit_is_set_aside_and_told(tmp_path,
     sink = MetricsFile(tmp_path)
     for event in events[:8]:
         sink.emit(event)
-    kept = sink.settle()
+    kept = sink.fingerprint()
     for event in events[8:]:
         sink.emit(event)
     sink.close()
@@ -187,18 +187,18 @@ def test_a_log_that_is_not_the_one_of_the_commit_is_set_aside_and_told(tmp_path,
     left = read_metrics(tmp_path).events
     expected = {"flip": 8, "cut": 3, "zeros": 7, "gone": 0}[damage]
     assert len(left) == expected
-    assert MetricsFile(tmp_path, found.settle()).problem is None
+    assert MetricsFile(tmp_path, found.fingerprint()).problem is None
 
 
 def test_what_was_logged_after_the_commit_is_dropped_unread(tmp_path, events):
     sink = MetricsFile(tmp_path)
     for event in events[:8]:
         sink.emit(event)
-    kept = sink.settle()
+    kept = sink.fingerprint()
     sink.close()
     with open(sink.path, "ab") as file:
         file.write(b"\0" * 30 + b"\n" + sink.path.read_bytes()[:200])
     found = MetricsFile(tmp_path, kept)
     assert found.problem is None
     assert read_metrics(tmp_path).events == events[:8]
-    assert found.settle() == kept
+    assert found.fingerprint() == kept

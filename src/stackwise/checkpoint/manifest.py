@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.checkpoint.errors import VersionError
-from stackwise.checkpoint.tensors import TensorInfo
 from stackwise.storage.header import check_name
+from stackwise.storage.tensors import TensorInfo
 
 FORMAT = 1
 FILE_NAME = re.compile(r"(\d{9})-([0-9a-f]{16})\.json")

@@ -8,8 +8,8 @@ from pathlib import Path
 from stackwise.checkpoint import files
 from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Part
-from stackwise.checkpoint.tensors import Encoded
 from stackwise.storage import ops
+from stackwise.storage.tensors import Encoded
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 

@@ -1,5 +1,7 @@
 """Settings of checkpoints: where, how often, how many, and what to do with a run that exists."""
 
+from typing import Literal
+
 from stackwise.config.base import Settings
 from stackwise.config.types import Flag, NonNegativeInt, PathText, PositiveInt
 
@@ -11,6 +13,10 @@ class CheckpointSettings(Settings):
     """Folder of the run folders; a run's own is `dir/run_id`."""
     save_interval: PositiveInt = 100
     """Steps between resume points. The end of a stage is always saved."""
+    asynchronous: Literal["auto"] | Flag = "auto"
+    """Hash and write beside the training, from a copy of what trains (weights and moments, in main memory). auto: except where the device is the processor itself and the copy would exceed 256 MB."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """When a resume point cannot be written (a full disk, say): stop the run, or note it, train on and try again at the next one. What is saved already stays intact either way."""
     keep_last: PositiveInt = 5
     """Resume points to keep, besides the stage ends. `training.spike_policy: rollback` keeps as many more as it needs."""
     keep_best: NonNegativeInt = 0

@@ -34,10 +34,10 @@ from stackwise.checkpoint.naming import Names
 from stackwise.checkpoint.objects import Objects
 from stackwise.checkpoint.refs import Refs
 from stackwise.checkpoint.retention import Retention, kept
-from stackwise.checkpoint.tensors import check_tensors, decode, encode
 from stackwise.config.errors import did_you_mean
 from stackwise.storage import ops
 from stackwise.storage.header import check_name
+from stackwise.storage.tensors import Encoded, check_tensors, decode, encode, same_bits
 
 _T = TypeVar("_T")
 
@@ -160,6 +160,7 @@ class Store(Names):
         pin: str | None = None,
         parent: Commit | None = None,
         carried: Mapping[str, tuple[Commit, str]] | None = None,
+        frozen: Mapping[str, str] | None = None,
     ) -> Commit:
         """Store one whole state and return once it is durable.
 
@@ -167,7 +168,8 @@ class Store(Names):
         weights) is given once. `meta` is JSON: texts, finite numbers, booleans, null, lists, and
         dicts with text keys. `pin` keeps the commit from being pruned until a newer one has the same pin.
         `parent` is the commit this state continues, by default the newest. `carried` maps further names to (commit, part)
-        of earlier ones, which are listed again without being read or written.
+        of earlier ones, which are listed again without being read or written. `frozen` maps parts that must not have
+        changed to the SHA-256 of their object.
 
         Raises ValueError for arguments that cannot be stored, LockError, SpaceError, and CheckpointError
         when writing fails. After an error the store holds the commits it held before, and the new one only
@@ -192,6 +194,8 @@ class Store(Names):
                     entries[name] = dataclasses.replace(commit.parts[part], name=name)
                 for name in sorted(parts):
                     encoded = encode(parts[name])
+                    if frozen and frozen.get(name, encoded.sha256) != encoded.sha256:
+                        raise self._thawed(name, encoded, parent)
                     state = self.objects.put(encoded, fresh)
                     written += encoded.size if state != "shared" else 0
                     repaired += [name] if state == "repaired" else []
@@ -292,6 +296,22 @@ class Store(Names):
                     raise ValueError(
                         f"{seen[place]} and {part}: {name} are the same memory; give tied tensors once"
                     )
+
+    def _thawed(self, part: str, encoded: Encoded, parent: Commit | None) -> CheckpointError:
+        known = None if parent is None else parent.parts.get(part)
+        changed = ""
+        if parent is not None and known is not None:
+            with contextlib.suppress(CheckpointError, ValueError):
+                before, now = self.load(parent, part), decode(bytearray(b"".join(encoded.chunks)))
+                names = [n for n in now if n not in before or not same_bits(now[n], before[n])]
+                changed = f" ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+        return CheckpointError(
+            f"part {part!r} is frozen, yet its bytes changed{changed} since the stage began, so this state was not saved. "
+            "The commits already in the store are intact. Something trains or overwrites what should rest: an optimizer "
+            "of your own, a hook, or damaged memory. Run the same command again to go on from the last commit.",
+            path=self.root,
+            part=part,
+        )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

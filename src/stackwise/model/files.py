@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from stackwise.storage import ops
 from stackwise.storage.errors import DamagedFileError
 from stackwise.storage.header import Header, read_header
+from stackwise.storage.tensors import encode
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Path:
     """Write tensors and facts to one file, whole or not at all; returns the path."""
     path = Path(path)
     ops.make_dir(path.parent)
-    held = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, facts)
-    ops.write_atomic(path, [held], kind="text")
+    ops.write_atomic(path, encode(tensors, facts).chunks, kind="text")
     ops.sync_dir(path.parent)
     return path
 

@@ -122,7 +122,7 @@ def check_length(start: bytes, size: int) -> None:
 def parse_header(text: bytes, data_size: int, *, foreign: bool = False) -> Header:
     """The tensors that a header describes, which must account for each of `data_size` bytes once.
 
-    With `foreign` tensors need not be aligned, and metadata and dtypes are those that other programs write. Raises
+    With `foreign` tensors need not be aligned, and dtypes are those that other programs write. Raises
     DamagedFileError where header and size do not agree, UnsafeInputError for all else.
     """
     # Before a list or a dict is built: every tensor needs a bracket and a handful of commas.
@@ -143,8 +143,6 @@ def parse_header(text: bytes, data_size: int, *, foreign: bool = False) -> Heade
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UnsafeInputError("__metadata__ does not map names to texts")
-    if len(metadata) > 1 and not foreign:
-        raise UnsafeInputError(f"__metadata__ has {len(metadata)} names, 1 at most")
     dtypes = DTYPES if foreign else OWN_DTYPES
     rows = [_row(name, field, dtypes, aligned=not foreign) for name, field in fields.items()]
     rows.sort(key=lambda row: (row.begin, row.end))

@@ -3,7 +3,8 @@
 An event is a flat JSON-able dict with ``event`` (its kind) and ``time`` (seconds since 1970). The kinds and
 their fields are the table ``FIELDS``; this is also the format of ``metrics.jsonl``. Units: losses in nats per
 token, sizes in bytes, ``seconds`` of training, ``stored`` the stored outputs of the frozen trunk (null: none were). ``tokens``, ``flops`` and ``seconds`` count the run so far, in
-``stage_end`` the stage alone. ``step`` is global and 1-based, ``stage`` 0-based. In an ``eval`` around a growth,
+``stage_end`` the stage alone. ``seconds`` of a checkpoint are those from the copy to the durable commit, ``blocked_seconds`` how long
+training stood still for it. ``step`` is global and 1-based, ``stage`` 0-based. In an ``eval`` around a growth,
 ``stage`` is the stage that begins. ``final_loss`` is the last validation loss, or the last training loss of a run
 without evaluation. A note just before ``run_end`` says why a run failed.
 """
@@ -111,6 +112,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "bytes_written": "int",
         "bytes_total": "int",
         "seconds": "float",
+        "blocked_seconds": "float?",
     },
     "note": {"message": "str"},
     "stage_end": {
@@ -192,15 +194,21 @@ class Tracker:
         self.close()
 
 
-def check_event(event: Mapping[str, Any]) -> None:
-    """Raise ``EventError`` naming every problem of ``event`` (see ``FIELDS``)."""
+def check_event(event: Mapping[str, Any], *, stored: bool = False) -> None:
+    """Raise ``EventError`` naming every problem of ``event`` (see ``FIELDS``).
+
+    ``stored``: it was written by this or an earlier version, which may not have known a field that may be null.
+    """
     kind = event.get("event")
     if kind not in FIELDS:
         hint = did_you_mean(str(kind), FIELDS)
         raise EventError(
             " ".join(filter(None, [f"unknown event {kind!r};", hint, f"allowed: {', '.join(FIELDS)}"]))
         )
-    problems = _mapping_problems("", event, {"event": "str", "time": "float", **FIELDS[kind]})
+    fields = FIELDS[kind]
+    if stored:
+        fields = {name: kind for name, kind in fields.items() if name in event or not kind.endswith("?")}
+    problems = _mapping_problems("", event, {"event": "str", "time": "float", **fields})
     if problems:
         raise EventError(f"event {kind!r}: " + "; ".join(problems))
 

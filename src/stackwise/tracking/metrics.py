@@ -2,7 +2,8 @@
 
 JSON has no NaN: a number that is not finite is written as the string "NaN", "Infinity" or "-Infinity" and comes
 back as a float. The events are in the order of training, so ``step`` never falls from one line to the next; an event
-without a step belongs to the step of the event before it.
+without a step belongs to the step of the event before it. A ``checkpoint`` names the step whose state is durable now,
+which may lie behind.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ class MetricsFile:
     """The sink that appends events to ``metrics.jsonl`` in a run folder.
 
     Opening an existing file drops a torn last line and takes up after the rest. Every event is flushed; before
-    checkpoints (``settle``), after them, and at the ends of stages and of the run the file is also synced to disk.
+    checkpoints (``sync``), after them, and at the ends of stages and of the run the file is also synced to disk.
     Events whose step falls behind raise ``MetricsError``: the caller resumed without ``cut_after``.
 
-    ``kept``: what ``settle`` gave to the commit that is resumed. What was logged later is dropped unread: a power loss
+    ``kept``: what ``fingerprint`` gave to the commit that is resumed. What was logged later is dropped unread: a power loss
     may have damaged it. A file that does not hold what the commit was made with is set aside, the lines that can still
     be read go on, and ``problem`` says so; null otherwise.
     """
@@ -123,7 +124,7 @@ class MetricsFile:
     def emit(self, event: Mapping[str, Any]) -> None:
         """Append one event and flush it."""
         step = event.get("step")
-        if step is not None:
+        if step is not None and event["event"] != "checkpoint":
             repeated = event["event"] == "step" and step == self._last_logged_step
             if step < self._last_step or repeated:
                 raise MetricsError(
@@ -153,9 +154,8 @@ class MetricsFile:
         """Bytes written so far; `cut_at` goes back to this point."""
         return self._log.size
 
-    def settle(self) -> dict[str, Any]:
-        """Put what was logged on the disk, and say what it is: a commit notes it, and `kept` takes it."""
-        self._log.sync()
+    def fingerprint(self) -> dict[str, Any]:
+        """What was logged so far: a commit notes it once `sync` has returned, and `kept` takes it."""
         return {"metrics_bytes": self._log.size, "metrics_sha256": self._hash.hexdigest()}
 
     def cut_at(self, size: int) -> None:
@@ -166,6 +166,10 @@ class MetricsFile:
 
     def _hash_again(self) -> Any:
         return hashlib.sha256(self.path.read_bytes())
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        self._log.sync()
 
     def close(self) -> None:
         """Sync and close; closing twice is allowed."""
@@ -193,7 +197,7 @@ class MetricsFile:
         return keep
 
     def _note_step(self, event: Mapping[str, Any]) -> None:
-        self._last_step = event["step"]
+        self._last_step = max(self._last_step, event["step"])
         if event["event"] == "step":
             self._last_logged_step = event["step"]
 
@@ -224,7 +228,7 @@ def _parse(raw: bytes) -> tuple[dict[str, Any] | None, str]:
         return None, "not a JSON object"
     event = _decode(event)
     try:
-        check_event(event)
+        check_event(event, stored=True)
     except EventError as error:
         return None, str(error)
     return event, ""

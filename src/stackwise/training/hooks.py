@@ -30,12 +30,28 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Keeper(Protocol):
+    """Makes the state of a run durable, at once or beside the training (`training.keeper.RunKeeper`)."""
+
+    def begin(self, engine: Engine) -> None:
+        """A stage is set up: what rests in it must not change from now on."""
+
+    def save(self, engine: Engine, pin: str | None) -> None:
+        """Begin to save; the state may change as soon as this returns. `pin`: a name under which pruning keeps it."""
+
+    def events(self) -> list[Event]:
+        """What to report of the saves that ended since the last call. Raises what made one fail."""
+
+    def drain(self) -> None:
+        """Wait until everything is on the disk."""
+
+
 @dataclass
 class Hooks:
     """What the loop calls out to. Each may be left as it is.
 
     emit: takes every event. evaluate: rack, and the range of noise that the stage is scored on
-    where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. save: makes the state durable and returns the fields of a checkpoint event, or null.
+    where it has one, -> {"loss": nats per token, ...}, or null. sample: rack -> (prompt, text) or null. keeper: saves.
     failed: keeps the facts of a numeric failure and returns where, or null.
     scored: told the step and the validation loss of an evaluation that followed a save of the same step.
     """
@@ -43,6 +59,6 @@ class Hooks:
     emit: Callable[[Event], None] = lambda event: None
     evaluate: Callable[..., dict[str, Any]] | None = None
     sample: Callable[[Rack], tuple[str, str]] | None = None
-    save: Callable[[Engine, str | None], dict[str, Any]] | None = None
+    keeper: Keeper | None = None
     failed: Callable[[dict[str, Any]], str] | None = None
     scored: Callable[[int, float], object] = lambda step, loss: None

@@ -67,7 +67,7 @@ class Engine(Stepping):
         self.hooks = hooks or Hooks()
         self.progress = progress or Progress()
         self.guard = Guard(training, self.progress.guard)
-        if self.hooks.save is None:
+        if self.hooks.keeper is None:
             self.guard.refuse_going_back()
         self.objective = objective or objective_of(config)
         self.run_format = run_format(config, dtype, device)
@@ -99,6 +99,7 @@ class Engine(Stepping):
                 try:
                     while self.progress.stage < len(self.stages):
                         self._run_stage(self.stages[self.progress.stage], guard)
+                    self.report_saves(wait=True)
                 except GoBack as wish:
                     if guard.signum is None:
                         raise
@@ -127,6 +128,7 @@ class Engine(Stepping):
     def _begin(self, stage: Stage) -> None:
         """Grow, store what froze, attach adapters, freeze, and build the optimizer of a stage."""
         p, before = self.progress, dict(self.parked)
+        self.report_saves(wait=True)  # what rested may change now
         if self.optimizers is not None:
             before.update(self.optimizers.state())
         uids = {s.uid for s in self.rack.spec.stacks}
@@ -157,6 +159,8 @@ class Engine(Stepping):
         later = self.stages[p.stage + 1 :]
         specs = stage_specs(self.config, later, spec, self.run_format)
         self.parked = resting(before, self.optimizers.names.values(), later, specs)
+        if self.hooks.keeper is not None:
+            self.hooks.keeper.begin(self)
         grown = [s.uid for s in self.rack.spec.stacks if s.uid not in uids]
         self._announce(stage, grown)
         if shown and self.hooks.evaluate is not None:
@@ -211,6 +215,8 @@ class Engine(Stepping):
             assert self.optimizers is not None
             self.optimizers.load(optimizer_state)
             training = set(self.optimizers.names.values())
+            if self.hooks.keeper is not None:
+                self.hooks.keeper.begin(self)
         self.parked = {name: held for name, held in optimizer_state.items() if name not in training}
 
     def drop(self) -> None:
@@ -234,6 +240,7 @@ class Engine(Stepping):
     def _after_step(self, stage: Stage) -> None:
         p = self.progress
         last = p.stage_step == stage.steps
+        self.report_saves()
         if p.stage_step == 1 or last or p.step % self.config.tracking.log_interval == 0:
             self._log()
         if last:
@@ -254,8 +261,11 @@ class Engine(Stepping):
     def _finish(self, stage: Stage) -> None:
         assert self.setup is not None
         p = self.progress
-        if p.stage + 1 == len(self.stages):
+        if p.stage + 1 == len(self.stages) and any(s.spectral for s in self.rack.spec.stacks):
+            self.report_saves(wait=True)
             self.rack.fold_spectral_norm()  # what a run leaves behind is plain
+            if self.hooks.keeper is not None:
+                self.hooks.keeper.begin(self)
         self._count_stored()
         if self._saved_step != p.step:
             self._save(f"stage-{p.stage + 1:02d}")
@@ -280,14 +290,21 @@ class Engine(Stepping):
             self.progress.stored = records.stored(self.manager.report(), self._stored_before)
 
     def _save(self, pin: str | None) -> None:
-        if self.hooks.save is not None:
+        if self.hooks.keeper is not None:
             self.refuse_what_is_not_finite()
             self._count_stored()
-            fields = self.hooks.save(self, pin)
-            p = self.progress
-            self._saved_step = p.step
-            self.hooks.emit({"event": "checkpoint", "step": p.step, "stage": p.stage, **fields})
-            self._logged_at = (time.perf_counter(), p.tokens)
+            self.hooks.keeper.save(self, pin)
+            self._saved_step = self.progress.step
+            self.report_saves()
+            self._logged_at = (time.perf_counter(), self.progress.tokens)
+
+    def report_saves(self, *, wait: bool = False) -> None:
+        """Report what is on the disk by now; what went wrong beside the training is raised here."""
+        if self.hooks.keeper is not None:
+            if wait:
+                self.hooks.keeper.drain()
+            for event in self.hooks.keeper.events():
+                self.hooks.emit(event)
 
     def _evaluate(self, when: str) -> float | None:
         if self.hooks.evaluate is None:
@@ -315,10 +332,11 @@ class Engine(Stepping):
             return
         p = self.progress
         saved = "nothing was saved (no run folder)"
-        if self.hooks.save is not None and p.begun:
+        if self.hooks.keeper is not None and p.begun:
             if self._saved_step != p.step:
                 self._save(None)
             saved = "the state is saved"
-        elif self.hooks.save is not None:
+        elif self.hooks.keeper is not None:
             saved = "the state was saved at the end of the stage"
+        self.report_saves(wait=True)
         raise Interrupted(guard.signum, f"stopped after step {p.step} ({stage.name}); {saved}")

@@ -169,6 +169,7 @@ def go_back(
     The commit is the newest that is `wish.steps` steps old, or else the oldest there is. What it holds is saved again
     at once, so that a run which dies now goes on from here as well. Without such a commit: NumericError.
     """
+    engine.report_saves(wait=True)
     p = engine.progress
     commit = _target(store, p, p.step - wish.steps)
     if commit is None:

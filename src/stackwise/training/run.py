@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 
+from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.manifest import Commit
 from stackwise.checkpoint.store import Store
 from stackwise.config.document import dump
@@ -43,6 +43,7 @@ from stackwise.training.changes import Change, check_allowed, record
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import GoBack, IncompatibleResumeError, Interrupted
 from stackwise.training.hooks import Hooks
+from stackwise.training.keeper import RunKeeper
 from stackwise.training.loop import Engine
 from stackwise.training.repair import mend_scores
 from stackwise.training.resume import Where, approved, go_back, not_exact, restore, retention_of
@@ -109,7 +110,9 @@ def train(
         folder.write_config(dump(resolved.to_dict()))
         folder.write_environment()
         corpus.tokenizer.save(folder.tokenizer)
-        hooks = _hooks(resolved, objective, corpus, folder, store, metrics, tracker, device, dtype)
+        keeper = _keeper(resolved, corpus, store, metrics)
+        stack.callback(keeper.close)
+        hooks = _hooks(resolved, objective, corpus, folder, keeper, tracker, device, dtype)
         where: Where = {
             "device": device,
             "dtype": dtype,
@@ -154,6 +157,10 @@ def train(
             tracker.emit({"event": "note", "message": str(error) or type(error).__name__})
             raise
         finally:
+            with suppress(CheckpointError):  # what went wrong before it is the news
+                keeper.drain()
+                for event in keeper.events():
+                    tracker.emit(event)
             _close(engine, tracker, status)
             if resolved.tracking.report if report is None else report:
                 build_report(folder.path)
@@ -220,13 +227,19 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def _keeper(config: StackWiseConfig, corpus: Corpus, store: Store, metrics: MetricsFile) -> RunKeeper:
+    def facts() -> dict[str, Any]:
+        return {**metrics.fingerprint(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+
+    return RunKeeper(config.checkpoint, store, facts, before=metrics.sync, retention=retention_of(config))
+
+
 def _hooks(
     config: StackWiseConfig,
     objective: Objective,
     corpus: Corpus,
     folder: RunFolder,
-    store: Store,
-    metrics: MetricsFile,
+    keeper: RunKeeper,
     tracker: Tracker,
     device: torch.device,
     dtype: torch.dtype,
@@ -261,29 +274,15 @@ def _hooks(
         folder.write_sample(prompt + text)
         return prompt, text
 
-    def save(engine: Engine, pin: str | None) -> dict[str, Any]:
-        started = time.perf_counter()
-        # the log first: a commit that is durable must not have lost the lines of its own steps
-        extra = {**metrics.settle(), "corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
-        commit = store.commit(
-            state.parts_of(engine),
-            state.meta_of(engine, extra),
-            step=engine.progress.step,
-            pin=pin,
-            carried=state.full_precision_parts(engine, store.latest()),
-        )
-        store.prune(retention_of(config))
-        return {
-            "commit": commit.id,
-            "bytes_written": commit.bytes_written,
-            "bytes_total": sum(part.bytes for part in commit.parts.values()),
-            "seconds": time.perf_counter() - started,
-        }
-
     samples = sample if writes_samples(config) else None
     failed = partial(folder.write_failure, config=dump(config.to_dict()))
     return Hooks(
-        emit=tracker.emit, evaluate=evaluate, sample=samples, save=save, scored=store.score, failed=failed
+        emit=tracker.emit,
+        evaluate=evaluate,
+        sample=samples,
+        keeper=keeper,
+        scored=keeper.scored,
+        failed=failed,
     )
 
 

@@ -39,6 +39,13 @@ def parts_of(engine: Engine) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
+def still_parts(engine: Engine) -> set[str]:
+    """Weights that nothing trains in this stage: their bytes stay what they are until it ends."""
+    rack = engine.rack
+    moving = {rack.part_of(name) for name, p in rack.named_parameters() if p.requires_grad}
+    return {f"{part}/weights" for part in rack.parts() if part not in moving}
+
+
 def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
     """Everything else: description of the rack, stages, counters, position in the data."""
     return {
@@ -54,15 +61,15 @@ def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def full_precision_parts(engine: Engine, parent: Commit | None) -> dict[str, tuple[Commit, str]]:
+def full_precision_parts(spec: RackSpec, parent: Commit | None) -> dict[str, tuple[Commit, str]]:
     """Parts of earlier commits that keep the fp32 weights of stacks which are stored in another format by now.
 
     A stack is converted at the beginning of a stage, and the end of the last one was saved: `parent` has it.
     """
     listed: dict[str, tuple[Commit, str]] = {}
-    if parent is None or not engine.config.checkpoint.full_precision_backup:
+    if parent is None:
         return listed
-    for stack in engine.rack.spec.stacks:
+    for stack in spec.stacks:
         if stack.weight_format != "fp32":
             kept = full_precision_part(stack.uid)
             weights = f"stack:{stack.uid}/weights"

@@ -18,6 +18,7 @@ from stackwise.model.block import Block
 from stackwise.model.files import open_tensors
 from stackwise.storage import ops
 from stackwise.storage.errors import DamagedFileError
+from stackwise.storage.tensors import encode
 
 WAYS_OUT = (
     "choose another training.progressive.cache_dir, or set training.progressive.trunk_residency to streamed, which "
@@ -102,13 +103,11 @@ def _replace(block: nn.Module, move: Callable[[str, Tensor], Tensor]) -> None:
 def _map(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Write tensors to a file and map it. Writing into them would not reach the file."""
     from safetensors import SafetensorError
-    from safetensors.torch import save
 
     try:
         ops.make_dir(file.parent)
         # What was mapped from an old file of this name stays what it was.
-        held = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        ops.write_atomic(file, [held], kind="text", mode=0o444)
+        ops.write_atomic(file, encode(tensors).chunks, kind="text", mode=0o444)
         with open_tensors(file) as opened:
             return {name: opened.get_tensor(name) for name in tensors}
     except (OSError, SafetensorError, DamagedFileError) as error:

@@ -69,10 +69,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def encode(tensors: Mapping[str, Tensor]) -> Encoded:
+def encode(tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> Encoded:
     """The safetensors bytes of `tensors` (any device, any strides) and their SHA-256.
 
-    The same names and values give the same bytes, in any process and whatever the order of the
+    `facts` go into the metadata; null: that the tensors are PyTorch's. The same names and values give the same bytes, in any process and whatever the order of the
     mapping. The chunks share memory with tensors that are on the CPU and contiguous: use them before
     the tensors change. Raises ValueError for a name or tensor that cannot be stored.
     """
@@ -80,7 +80,9 @@ def encode(tensors: Mapping[str, Tensor]) -> Encoded:
     check_tensors(tensors)
     # The widest items first, so that each tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {
+        "__metadata__": {"format": "pt"} if facts is None else dict(sorted(facts.items()))
+    }
     chunks: list[bytes | memoryview] = []
     offset = 0
     for name in order:
@@ -102,6 +104,13 @@ def encode(tensors: Mapping[str, Tensor]) -> Encoded:
         digest.update(chunk)
     infos = tuple(TensorInfo(row.name, row.dtype, row.shape) for row in rows)
     return Encoded(chunks, digest.hexdigest(), 8 + len(text) + offset, infos)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two CPU tensors are alike in dtype, shape and every bit (NaN equals itself, -0 is not 0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def decode(buffer: bytearray) -> dict[str, Tensor]:

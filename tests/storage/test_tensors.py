@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stackwise.checkpoint.tensors import DTYPES, decode, encode
+from stackwise.storage.tensors import DTYPES, decode, encode
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -80,7 +80,7 @@ def test_bytes_depend_on_names_and_values_only():
 
 def test_another_process_writes_the_same_bytes():
     program = (
-        "import torch; from stackwise.checkpoint.tensors import encode;"
+        "import torch; from stackwise.storage.tensors import encode;"
         "print(encode({'a': torch.arange(6.0), 'b': torch.arange(5)}).sha256)"
     )
     there = subprocess.run(
