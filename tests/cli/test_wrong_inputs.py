@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from stackwise.checkpoint import files
 from stackwise.checkpoint.lock import WriterLock
+from stackwise.storage import ops
 
 
 class Case(NamedTuple):
@@ -310,11 +311,18 @@ def test_a_loss_that_is_not_finite_names_step_stage_and_rate(cli, folder):
     assert "lower training.optimizer.lr" in result.err
 
 
-def test_a_full_disk_keeps_what_is_stored(cli, run_folder, monkeypatch):
-    def full(fd, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("where", ["", "/second/store/"], ids=["everywhere", "in the store"])
+def test_a_full_disk_keeps_what_is_stored(cli, run_folder, monkeypatch, where):
+    original = ops.write
 
-    monkeypatch.setattr(files, "write", full)
+    def full(fd, data):
+        if not where or where in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(fd, data)
+
+    if where and not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(ops, "write", full)
     result = cli("train", "tiny.yaml", "training.run_id=second", "-q")
     assert result.code == 6
     assert "space" in result.err
@@ -384,7 +392,11 @@ def test_a_run_of_a_newer_format_says_so(cli, run_folder):
     record["meta"]["format"] = 99
     text = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
     newest.unlink()
-    (commits / f"{newest.name[:9]}-{hashlib.sha256(text).hexdigest()[:16]}.json").write_bytes(text)
+    identity = f"{newest.name[:9]}-{hashlib.sha256(text).hexdigest()[:16]}"
+    (commits / f"{identity}.json").write_bytes(text)
+    latest = commits.parent / "refs" / "latest"
+    latest.unlink()
+    latest.write_text(f"{identity}\n")
     result = cli("generate", "tiny")
     assert result.code == 3
     assert "format 99" in result.err
