@@ -277,6 +277,71 @@ def test_train_falls_back_only_when_it_is_told_to(cli, store):
     assert cli("train", "tiny.yaml", "checkpoint.overwrite=true", "--allow-fallback").code == 2
 
 
+def test_a_fork_is_trained_under_other_settings(cli, store):
+    made = as_json(cli("ckpt", "fork", "tiny", "stage-01", "hotter", "training.optimizer.lr=0.01", "--json"))
+    assert made == {
+        "run": "runs/hotter",
+        "from": store.find("stage-01").id,
+        "step": store.find("stage-01").step,
+    }
+    assert "fork of runs/tiny" in cli("ckpt", "show", "hotter").out
+    assert cli("train", "runs/hotter/config.yaml", "--quiet").code == 0
+    facts = as_json(cli("ckpt", "diff", "tiny", "latest", "latest", "--with", "hotter", "--json"))
+    assert [row["key"] for row in facts["config"]] == ["training.optimizer.lr"]
+    assert facts["steps"] == 0
+    table = cli("ckpt", "diff", "tiny", "latest", "latest", "--with", "hotter").out
+    assert "training.optimizer.lr" in table
+    assert "training.optimizer.lr at step" in cli("ckpt", "show", "hotter").out
+    taken = cli("ckpt", "fork", "tiny", "latest", "hotter")
+    assert (taken.code, "exists already" in taken.err) == (2, True)
+    other = cli("ckpt", "fork", "tiny", "latest", "wider", "model.d_model=32")
+    assert (other.code, "checkpoint.init_from=" in other.err) == (2, True)
+
+
+def test_the_way_out_of_a_changed_setting_works(cli, store):
+    refused = cli("train", "tiny.yaml", "training.optimizer.lr=0.01")
+    assert refused.code == 7
+    assert "stackwise ckpt fork" in refused.err
+
+
+def test_export_and_import_bring_a_commit_to_a_run_of_its_own(cli, store, run_folder):
+    made = as_json(cli("ckpt", "export", "tiny", "stage-01", "out", "--json"))
+    assert made["commit"] == store.find("stage-01").id
+    assert {
+        "SHA256SUMS",
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "stack.s0.weights.safetensors",
+    } <= set(made["files"])
+    back = as_json(cli("ckpt", "import", "out", "runs/back", "--json"))
+    assert back["commit"] == made["commit"]
+    assert cli("generate", "back", "--max-new-tokens", "2").code == 0
+    assert cli("train", "runs/back/config.yaml", "--quiet").code == 0
+    assert {n: p.sha256 for n, p in Store("runs/back/store").latest().parts.items()} == {
+        n: p.sha256 for n, p in store.latest().parts.items()
+    }
+    flip(run_folder / "out" / "tokenizer.json")
+    assert cli("ckpt", "import", "out", "runs/third").code == 3
+    assert cli("ckpt", "import", "nowhere", "runs/third").code == 2
+    assert cli("ckpt", "export", "tiny", "latest", "out").code == 2
+    assert cli("ckpt", "export", "tiny", "latest", "new", "--to", "pt").code == 2
+
+
+def test_a_commit_is_exported_for_other_programs(cli, store):
+    assert (
+        "model.safetensors"
+        in as_json(cli("ckpt", "export", "tiny", "stage-01", "hf", "--to", "hf", "--json"))["files"]
+    )
+    assert cli("export", "tiny", "--commit", "stage-01", "--out", "hf2").code == 0
+    assert load_file("hf/model.safetensors").keys() == load_file("hf2/model.safetensors").keys()
+    assert len(load_file("hf/model.safetensors")) < len(
+        load_file(
+            f"{json.loads(cli('ckpt', 'export', 'tiny', 'latest', 'whole', '--to', 'hf', '--json').out)['folder']}/model.safetensors"
+        )
+    )
+
+
 def test_all_verbs_explain_themselves(cli):
     listed = cli("ckpt", "--help").out
     for verb in ["ls", "show", "diff", "du", "cat", "verify", "prune", "pin", "unpin", "repair"]:

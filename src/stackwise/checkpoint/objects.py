@@ -78,6 +78,18 @@ class Objects:
         self._verified.add(encoded.sha256)
         return "new" if size is None else "repaired"
 
+    def link(self, part: Part, source: Path) -> bool:
+        """Take over an object of another store as a second name of its file, whose bytes the caller has checked.
+
+        False where the file system cannot. Its name is durable after `sync`.
+        """
+        path = self.path(part.sha256)
+        files.make_dir(path.parent)
+        if files.size_of(path) != part.bytes and not files.link(source, path):
+            return False
+        self._verified.add(part.sha256)
+        return True
+
     def sync(self, hashes: set[str]) -> None:
         """Make the names of these objects durable.
 

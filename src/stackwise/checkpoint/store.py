@@ -119,6 +119,10 @@ class Store(Names):
             )
         return self._checked(commit, entry, lambda entry: decode(self.objects.read(entry)))
 
+    def read(self, commit: Commit, part: Part) -> bytearray:
+        """The bytes of one part's object, their hash checked. Raises CheckpointError."""
+        return self._checked(commit, part, self.objects.read)
+
     def meta(self, commit: Commit) -> dict[str, Any]:
         """The run state that was given to `commit`, as JSON keeps it. Raises CheckpointError."""
         return self._read_manifest(commit.path)[1]

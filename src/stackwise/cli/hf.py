@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stackwise.cli.errors import UsageError
 from stackwise.cli.options import RUNS, Run, Threads, find_run
 from stackwise.cli.output import next_steps, note
+
+if TYPE_CHECKING:
+    from stackwise.interop.hf_export import Exported
 
 
 def import_model(
@@ -93,6 +96,12 @@ def import_model(
 def export_model(
     run: Run,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format; hf is the only one.")] = "hf",
+    commit: Annotated[
+        str | None,
+        typer.Option(
+            "--commit", metavar="COMMIT", help="latest, best, a pin, step:120, or the beginning of an id."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FOLDER", help="Folder to make; by default hf inside the run's."),
@@ -136,33 +145,46 @@ def export_model(
       stackwise export runs/demo
       stackwise export llama --out ./my-llama --dtype bfloat16
       stackwise export tuned --separate
+      stackwise export demo --commit stage-02 --out ./two-stacks
     """
     if to != "hf":
         raise UsageError(f"--to {to!r} is no format that can be written; it is hf")
-    path = find_run(run)
-    from stackwise.interop.card import run_facts
-    from stackwise.interop.hf_export import write_model
-    from stackwise.training.stored import open_run
-
-    opened = open_run(path)
-    origin: dict[str, Any] = opened.meta.get("imported", {})
-    exported = write_model(
-        opened.rack,
-        opened.tokenizer,
-        out or path / "hf",
+    exported = write_hf(
+        find_run(run),
+        out,
+        commit=commit,
         family=family,
-        dtype=dtype or _DTYPES.get(origin.get("dtype", ""), "float32"),
+        dtype=dtype,
         shard_bytes=round(max_shard_size * 1e9),
         fold=not separate,
-        config=opened.config,
-        generation=origin.get("generation"),
-        ids=origin.get("ids"),
-        facts=run_facts(opened.config, opened.meta),
     )
     for text in exported.notes:
         note(text)
     print(f"{exported.family}, {', '.join(exported.files)}")
     print(f"\nFolder  {exported.path}")
+
+
+def write_hf(
+    path: Path, out: Path | None, *, commit: str | None = None, dtype: str | None = None, **options: Any
+) -> Exported:
+    """The model of a run in the Hugging Face format; `options` are those of `hf_export.write_model`."""
+    from stackwise.interop.card import run_facts
+    from stackwise.interop.hf_export import write_model
+    from stackwise.training.stored import open_run
+
+    opened = open_run(path, commit=commit)
+    origin: dict[str, Any] = opened.meta.get("imported", {})
+    return write_model(
+        opened.rack,
+        opened.tokenizer,
+        out or path / "hf",
+        dtype=dtype or _DTYPES.get(origin.get("dtype", ""), "float32"),
+        config=opened.config,
+        generation=origin.get("generation"),
+        ids=origin.get("ids"),
+        facts=run_facts(opened.config, opened.meta),
+        **options,
+    )
 
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F64": "float64"}

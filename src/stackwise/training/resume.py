@@ -65,7 +65,11 @@ def approved(
     allow: list[str],
     **vocabulary: Any,
 ) -> list[Change]:
-    """The changes of settings with which a run goes on; IncompatibleResumeError unless all are allowed."""
+    """The changes of settings with which a run goes on; IncompatibleResumeError unless all are allowed.
+
+    Those that a fork was made with (`copies.fork`) are.
+    """
+    allow = [*allow, *meta.get("forked", {}).get("allow", ())]
     changes = changes_between(_course(meta, folder), course_of(resolved))
     if not changes:
         return []

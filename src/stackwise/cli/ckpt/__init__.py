@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from stackwise.cli.ckpt import care, inside, look
+from stackwise.cli.ckpt import care, copies, inside, look
 
 app = typer.Typer(no_args_is_help=True, short_help="List, check, keep and copy the commits of a run.")
 
@@ -37,3 +37,6 @@ app.command("prune")(care.prune)
 app.command("pin")(care.pin)
 app.command("unpin")(care.unpin)
 app.command("repair")(care.repair)
+app.command("fork")(copies.fork)
+app.command("export")(copies.export)
+app.command("import")(copies.import_)

@@ -134,8 +134,12 @@ def show(
     print(
         f"  {'stood':<7} {units.count(progress.get('tokens'))} tokens, loss {units.loss(progress.get('loss_last'))}"
     )
-    for change in meta.get("changes", []):
-        print(f"  {'changed':<7} {change}")
+    for change in progress.get("changes", []):
+        print(
+            f"  {'changed':<7} {change['key']} at step {change['step']}: {change['old']} -> {change['new']}"
+        )
+    if "forked" in meta:
+        print(f"  {'fork of':<7} {meta['forked']['run']}, commit {meta['forked']['commit']}")
     _print_rack(meta)
     _print_stages(meta)
     rows = [
