@@ -40,6 +40,13 @@ def _power(asked: argparse.Namespace) -> dict[str, Any]:
     return power.run(asked.states, asked.seed, seconds=asked.seconds, works=works, first=asked.first)
 
 
+def _fuzz(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import fuzz
+
+    kinds = None if asked.kinds is None else asked.kinds.split(",")
+    return fuzz.run(asked.inputs, asked.seed, kinds, first=asked.first, seconds=asked.seconds)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault. `count`: the option that says how many, with its value here and in the long run."""
@@ -54,6 +61,7 @@ class Kind:
 KINDS = {
     "kills": Kind(_kills, "kill -9 at random times", "kills", 200, 10_000),
     "power": Kind(_power, "power loss at every moment, modelled", "states", 2_000, 50_000),
+    "fuzz": Kind(_fuzz, "files of every kind, changed by chance", "inputs", 10_000, 1_000_000),
 }
 
 
@@ -68,6 +76,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--first", type=int, default=0, help="number of the first run or draw, to repeat a miss"
     )
     parser.add_argument("--work", help="only the work of this name, for power")
+    parser.add_argument("--kinds", help="only files of these kinds, with commas, for fuzz")
     parser.add_argument("--disk", type=Path, help="folder on a disk, for what must not be in memory")
     parser.add_argument("--out", type=Path, help="folder of the records")
     for name, kind in KINDS.items():

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stackwise.adapters.attach import adapter_parameters, attach, sets
-from stackwise.adapters.io import load_set, save_set
+from stackwise.adapters.io import CONFIG, load_set, save_set
 from stackwise.model.spec import AdapterSpec
 from stackwise.precision.convert import freeze_stack
+from stackwise.storage.errors import UnsafeInputError
 
 from .conftest import teach
 
@@ -160,3 +161,28 @@ def test_a_set_that_differs_between_stacks_is_saved_one_by_one(rack, tmp_path):
         save_set(rack, "stack", tmp_path)
     with pytest.raises(ValueError, match="has no adapter set 'trunk'; it has stack"):
         save_set(rack, "trunk", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"r": 0}, ValueError, "rank is outside"),
+        ({"r": 2**40}, ValueError, "rank is outside"),
+        ({"r": True}, ValueError, "r is True"),
+        ({"r": None}, ValueError, "r is None"),
+        ({"lora_alpha": "1"}, ValueError, "lora_alpha"),
+        ({"lora_dropout": 1.5}, ValueError, "lora_dropout"),
+        ({"use_rslora": 1}, ValueError, "use_rslora"),
+        ({"peft_type": ["LORA"]}, ValueError, "peft_type"),
+        ({"rank_pattern": ["a"]}, UnsafeInputError, "plain patterns"),
+        ({"rank_pattern": {"(a+)+$": 2}}, UnsafeInputError, "without groups"),
+        ({"alpha_pattern": {"a" * 600: 2}}, UnsafeInputError, "plain patterns"),
+        ({"alpha_pattern": {"a": "2"}}, ValueError, "to numbers"),
+        ({"rank_pattern": {"a": 0}}, ValueError, "rank is outside"),
+    ],
+)
+def test_a_configuration_that_asks_for_the_impossible(change, error, says, tmp_path):
+    config = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False, "peft_type": "LORA"}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **change}))
+    with pytest.raises(error, match=says):
+        load_set(None, tmp_path, "x")

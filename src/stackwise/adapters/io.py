@@ -26,6 +26,7 @@ from stackwise.model.files import load_tensors, save_tensors
 from stackwise.model.rack import Rack
 from stackwise.model.spec import AdapterSpec
 from stackwise.storage import ops
+from stackwise.storage.errors import UnsafeInputError
 from stackwise.storage.regular import read_json, refuse_pickles
 from stackwise.storage.sums import check_sums, write_sums
 
@@ -70,8 +71,8 @@ def load_set(module: Rack | Stack, folder: str | Path, name: str) -> None:
     attached. A missing file: FileNotFoundError. A file that is damaged or not safe to read: as `open_tensors`.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
     refuse_pickles(folder, WEIGHTS)
+    config = _checked(read_json(folder / CONFIG), folder / CONFIG)
     check_sums(folder, [CONFIG, WEIGHTS])
     held, _ = load_tensors(folder / WEIGHTS)
     tensors = {_model_name(key, name): tensor for key, tensor in held.items()}
@@ -94,6 +95,40 @@ def load_set(module: Rack | Stack, folder: str | Path, name: str) -> None:
         for stack in done:
             remove(stack, name)
         raise
+
+
+_MAX_RANK = 65_536
+_PATTERN = re.compile(r"[\w.\\^$|*-]{0,512}")
+"""Patterns of names without groups, which no text can make slow."""
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration of a set, its fields of the kinds that are needed; ValueError names the first that is not."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "r": (int,),
+        "lora_alpha": (int, float),
+        "lora_dropout": (int, float),
+    }
+    for name, kind in {**kinds, "use_rslora": (bool,), "peft_type": (str,)}.items():
+        value = config.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            raise ValueError(f"{path}: {name} is {value!r:.80}, needed: {kind[0].__name__}")
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, table in patterns.items():
+        if not isinstance(table, dict) or not all(_PATTERN.fullmatch(key) for key in table):
+            raise UnsafeInputError(
+                f"{path}: {name} must map plain patterns of names, without groups, to numbers"
+            )
+        if not all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in table.values()
+        ):
+            raise ValueError(f"{path}: {name} must map patterns to numbers")
+    ranks = [config["r"], *patterns["rank_pattern"].values()]
+    if not all(1 <= rank <= _MAX_RANK for rank in ranks) or not 0 <= config["lora_dropout"] < 1:
+        raise ValueError(
+            f"{path}: a rank is outside of 1 to {_MAX_RANK}, or lora_dropout outside of 0 to below 1"
+        )
+    return config
 
 
 def _stacks(module: Rack | Stack) -> list[tuple[str, Stack]]:

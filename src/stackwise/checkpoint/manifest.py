@@ -133,25 +133,46 @@ def parse(path: Path, text: bytes | bytearray, time: float) -> tuple[Commit, dic
             check_name(item["part"], "part")
             if not _SHA256.fullmatch(item["sha256"]) or item["part"] in parts:
                 raise ValueError(f"part {item['part']!r} is listed wrongly")
-            infos = tuple(TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in item["tensors"])
-            parts[item["part"]] = Part(item["part"], item["sha256"], int(item["size"]), infos)
-        if record["step"] != int(named[1]):
+            infos = tuple(_info(tensor) for tensor in item["tensors"])
+            parts[item["part"]] = Part(item["part"], item["sha256"], _count(item["size"]), infos)
+        if _count(record["step"]) != int(named[1]):
             raise ValueError(f"it says step {record['step']}")
+        parent, pin, meta = record["parent"], record["pin"], record["meta"]
+        if parent is not None and not _SHA256.fullmatch(parent):
+            raise ValueError(f"its parent is {parent!r:.80}")
+        if pin is not None:
+            check_name(pin, "pin")
+        if not isinstance(meta, dict):
+            raise ValueError(f"its meta is {meta!r:.80}")
         commit = Commit(
             id=path.stem,
             step=record["step"],
-            number=int(record["number"]),
+            number=_count(record["number"]),
             sha256=digest,
-            parent=record["parent"],
-            pin=record["pin"],
+            parent=parent,
+            pin=pin,
             parts=parts,
-            bytes_written=int(record["bytes_written"]),
+            bytes_written=_count(record["bytes_written"]),
             path=path,
             time=time,
         )
-        return commit, record["meta"]
+        return commit, meta
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is not a manifest ({error!r})") from error
+
+
+def _info(tensor: dict[str, Any]) -> TensorInfo:
+    name, dtype, shape = tensor["name"], tensor["dtype"], tensor["shape"]
+    check_name(name, "tensor")
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise ValueError(f"tensor {name!r} is listed wrongly")
+    return TensorInfo(name, dtype, tuple(_count(size) for size in shape))
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.80} is no number of anything")
+    return value
 
 
 def check_meta(value: object, where: str = "meta") -> None:

@@ -41,7 +41,7 @@ def load_config(config: str, overrides: Sequence[str] | None) -> StackWiseConfig
 
 def find_run(run: str) -> Path:
     """The folder that RUN stands for: a path, or the name of a run in ./runs. A wrong name is a UsageError."""
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))
     if path.exists() or path.name != run:
         return path
     if (RUNS / run).is_dir():

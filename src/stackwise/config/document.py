@@ -170,6 +170,15 @@ for _kind, (_spelling, _) in _PLAIN.items():
 _Dumper.add_representer(str, _represent_text)
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written down: half of a surrogate pair, which YAML can escape, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Builder:
     """Turns composed nodes into data, noting the line of every key."""
 
@@ -186,6 +195,9 @@ class _Builder:
             return [item for item in items if item is not NO_VALUE]
         if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_PREFIX):
             kind = node.tag.removeprefix(_PREFIX)
+            if not is_text(node.value):
+                self.document.problems.append(self._problem(node, path, "holds half of a character"))
+                return NO_VALUE
             if kind == "str":
                 return node.value
             if kind in _PLAIN:
@@ -202,7 +214,7 @@ class _Builder:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or not is_text(key_node.value):
                 self.document.problems.append(self._problem(key_node, path, "a key must be plain text"))
                 continue
             key = key_node.value

@@ -26,7 +26,7 @@ from stackwise.config import (  # they add their rules
 )
 from stackwise.config.base import Settings
 from stackwise.config.deprecated import translate_deprecated
-from stackwise.config.document import Document, dump
+from stackwise.config.document import Document, dump, is_text
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.load import apply_overrides, load_file, with_bases
 from stackwise.config.notes import notes_of
@@ -151,6 +151,8 @@ def _is_name(part: str | int) -> bool:
 def _plain(data: Any) -> Any:
     """A copy in which every map is a dict with text as keys, as YAML would give it."""
     if isinstance(data, Mapping):
+        if wrong := [str(key) for key in data if not is_text(str(key))]:
+            raise ConfigError(Problem(ascii(wrong[0]), "holds half of a character, so it is no key"))
         return {str(key): _plain(value) for key, value in data.items()}
     return [_plain(item) for item in data] if isinstance(data, list | tuple) else data
 

@@ -30,6 +30,8 @@ def _path(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_whole)]
 PositiveInt = Annotated[Int, Ge(1)]
+Depth = Annotated[Int, Ge(1), Le(10_000)]
+"""A number of stacks or blocks, each of which is described before anything is built."""
 NonNegativeInt = Annotated[Int, Ge(0)]
 Index = Annotated[NonNegativeInt, BeforeValidator(_index)]
 """A key of a map that counts something from 0."""

@@ -9,6 +9,7 @@ from stackwise.adapters.settings import AdapterKeys
 from stackwise.config.base import Settings
 from stackwise.config.types import (
     BelowOne,
+    Depth,
     Flag,
     Int,
     NonNegativeFloat,
@@ -33,7 +34,7 @@ class GrowthSettings(Settings):
 
     op: Literal["append", "prepend", "duplicate"]
     """append puts a stack next to the head, prepend next to the embedding; duplicate repeats what there is."""
-    n_blocks: PositiveInt | None = None
+    n_blocks: Depth | None = None
     """Blocks of a new stack. null: `model.architecture.blocks_per_stack`."""
     init: Start = "copy"
     """Start of the new stacks, as in `training.progressive.new_stack_init`."""
@@ -52,7 +53,7 @@ class StageSettings(Settings):
     """What trains: all, new, trunk, embedding, tail, norm, head, stack:<position>, block:<position>.<i>, lora:<set>."""
     name: Text | None = None
     """What reports call it. null: its number."""
-    n_stacks: PositiveInt | None = None
+    n_stacks: Depth | None = None
     """Stacks while it trains. null: those of the stage before and what grows; in the first stage 1 where a later stage grows, else all."""
     grow: GrowthSettings | None = None
     """What is added first. null: nothing."""

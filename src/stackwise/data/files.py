@@ -36,7 +36,7 @@ def find_files(key: str, names: Iterable[str]) -> tuple[Path, ...]:
     """
     found: dict[Path, None] = {}
     for name in names:
-        path = Path(os.path.abspath(Path(name).expanduser()))
+        path = Path(os.path.abspath(Path(os.path.expanduser(name))))
         if path.is_file():
             found[path] = None
         elif path.is_dir():

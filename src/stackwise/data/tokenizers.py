@@ -316,7 +316,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return load_tokenizer(path, foreign=True)
     if name.endswith(".json") or name.startswith(("/", ".", "~")) or name.count("/") > 1:

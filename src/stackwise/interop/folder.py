@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +23,7 @@ HUB_FILES = (CONFIG, GENERATION, "*.safetensors", INDEX, "tokenizer.json", "toke
 
 def locate(name: str | Path) -> Path:
     """The folder that PATH_OR_ID stands for; an id of the Hugging Face hub is fetched, without any code files."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     text = str(name)

@@ -6,6 +6,7 @@ or an id of the Hugging Face hub. Nothing in a folder is run or unpickled; of it
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def find_table(family: str, option: str = "embed_tokens") -> Table:
                 "model.tokenizer_embedding.embedding_option", "is no table", option, ", ".join(NAMES), close
             )
         )
-    source = _Folder(family) if Path(family).expanduser().is_dir() else _Hub(family)
+    source = _Folder(family) if Path(os.path.expanduser(family)).is_dir() else _Hub(family)
     tied = bool(source.config.get("tie_word_embeddings", True))
     wanted = (*NAMES[option], *(_EMBEDDED if option == "lm_head" and tied else ()))
     held = source.tensors()
@@ -98,7 +99,7 @@ class _Folder:
     """A model folder on this machine."""
 
     def __init__(self, family: str) -> None:
-        self.family, self.path = family, Path(family).expanduser()
+        self.family, self.path = family, Path(os.path.expanduser(family))
         self.config = self._json("config.json")
 
     def fetch(self, name: str) -> Path:

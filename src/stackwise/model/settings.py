@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from stackwise.config.base import Settings
 from stackwise.config.types import (
     BelowOne,
+    Depth,
     Flag,
     Int,
     NonNegativeInt,
@@ -41,9 +42,9 @@ FFN_TYPES = {
 class ArchitectureConfig(Settings):
     """How many stacks, and how many blocks each."""
 
-    n_stacks: PositiveInt = 2
+    n_stacks: Depth = 2
     """Stacks of the finished model; the progressive run grows to this many unless `target_stacks` says otherwise."""
-    blocks_per_stack: PositiveInt = 4
+    blocks_per_stack: Depth = 4
     """Blocks (transformer layers) per stack."""
 
     @property
@@ -55,7 +56,7 @@ class ArchitectureConfig(Settings):
 class StackShape(Settings):
     """How one stack differs from the others."""
 
-    n_blocks: PositiveInt | None = None
+    n_blocks: Depth | None = None
     """Blocks of the stack. null: `model.architecture.blocks_per_stack`."""
     n_heads: PositiveInt | None = None
     """Query heads. null: `model.n_heads`."""

@@ -200,7 +200,7 @@ def check_event(event: Mapping[str, Any], *, stored: bool = False) -> None:
     ``stored``: it was written by this or an earlier version, which may not have known a field that may be null.
     """
     kind = event.get("event")
-    if kind not in FIELDS:
+    if not isinstance(kind, str) or kind not in FIELDS:
         hint = did_you_mean(str(kind), FIELDS)
         raise EventError(
             " ".join(filter(None, [f"unknown event {kind!r};", hint, f"allowed: {', '.join(FIELDS)}"]))

@@ -26,7 +26,7 @@ def locate(name_or_path: str | os.PathLike[str], folder: Path = Path()) -> Path:
     text = os.fspath(name_or_path)
     if is_preset_name(text) and text in preset_names():
         return FOLDER / f"{text}.yaml"
-    path = folder / Path(text).expanduser()
+    path = folder / Path(os.path.expanduser(text))
     if path.exists():
         return path
     if not is_preset_name(text):
