@@ -12,6 +12,11 @@ shows the median CPU milliseconds of a step, and the medians over the rounds of 
     python benchmarks/moe_step.py --shapes small        # some of them
     python benchmarks/moe_step.py --json figures.json
 
+"Products, clipping and AdamW alone" is what no implementation can leave out: the matrix products of forward and backward
+passes in these shapes (tokens spread evenly over the experts), each by the faster of PyTorch's route and StackWise's, and
+the optimizer's work on parameters of these sizes; no attention scores, norms, activations, routing, loss or autograd.
+Its ratio is the highest that anything could reach on this processor in fp32.
+
 "StackWise, PyTorch's products" leaves matrix products to `torch.mm` as Mixtral does; on processors where StackWise knows
 no faster route (see `stackwise.kernels.product`) it is the same as "StackWise".
 
@@ -37,7 +42,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor, nn
 
-from stackwise.kernels.product import pytorch_products
+from stackwise.kernels.product import product, pytorch_products
 from stackwise.model.factory import create_simple_rack
 from stackwise.model.rack import Rack
 from stackwise.model.router import routed
@@ -76,6 +81,7 @@ DEFAULT = "Transformers Mixtral"
 IMPLEMENTATIONS = ("eager",)
 OURS = "StackWise"
 PLAIN = "StackWise, PyTorch's products"
+FLOOR = "Products, clipping and AdamW alone"
 
 
 def stepper(model: nn.Module, loss: Step) -> Step:
@@ -174,6 +180,56 @@ def take_over(rack: Rack, model: nn.Module) -> None:
             layer.mlp.experts.down_proj[i].copy_(expert.down.weight)
 
 
+def floor(shape: Shape, parameters: list[nn.Parameter]) -> Step:
+    """The work that is left when everything but the products and the optimizer's step costs nothing."""
+    tokens, width = shape.batch * shape.seq_len, shape.d_model
+    visited = tokens * shape.top_k // shape.n_experts
+    narrow = width // shape.n_heads * shape.n_kv_heads
+    block = [(tokens, width, width)] * 2 + [(tokens, width, narrow)] * 2
+    block += [(visited, width, shape.d_ff)] * 2 * shape.n_experts + [
+        (visited, shape.d_ff, width)
+    ] * shape.n_experts
+    products = [_products(*sizes) for sizes in [*block * shape.n_layers, (tokens, width, shape.vocab_size)]]
+    held = [nn.Parameter(p.detach().clone()) for p in parameters]
+    for p in held:
+        p.grad = torch.randn_like(p)
+    optimizer = torch.optim.AdamW(held, lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step() -> Tensor:
+        for multiply in products:
+            multiply()
+        torch.nn.utils.clip_grad_norm_(held, 1.0)
+        optimizer.step()
+        return held[0].detach()
+
+    return step
+
+
+def _products(rows: int, inner: int, columns: int) -> Callable[[], None]:
+    """Output, gradient of the input and gradient of the weights of one linear layer, by the faster route."""
+    x, w, dy = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+    wt, xt, dyt = (t.T.contiguous() for t in (w, x, dy))
+
+    def plain() -> None:
+        for a, b in ((x, w), (dy, wt), (dyt, xt)):
+            torch.mm(a, b.T)
+
+    def routed_products() -> None:
+        for a, b in ((x, w), (dy, wt), (dyt, xt)):
+            product(a, b)
+
+    return min((plain, routed_products), key=_seconds)
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.process_time()
+        action()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
 def contenders(shape: Shape) -> dict[str, Step]:
     """A training step of each, from the same weights; logits further apart than 1e-3 are a RuntimeError."""
     ids = torch.randint(0, shape.vocab_size, (shape.batch, shape.seq_len))
@@ -192,6 +248,7 @@ def contenders(shape: Shape) -> dict[str, Step]:
         if apart > 1e-3:
             raise RuntimeError(f"the logits of {name} are {apart:.2g} away from StackWise's")
         steps[name] = stepper(model, their_loss)
+    steps[FLOOR] = floor(shape, list(first.parameters()))
     return steps
 
 
