@@ -198,9 +198,9 @@ def floor(shape: Shape, parameters: list[nn.Parameter]) -> Step:
     def step() -> Tensor:
         for multiply in products:
             multiply()
-        torch.nn.utils.clip_grad_norm_(held, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(held, 1.0)
         optimizer.step()
-        return held[0].detach()
+        return norm
 
     return step
 

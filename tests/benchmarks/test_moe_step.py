@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
@@ -27,6 +29,18 @@ def test_both_sides_have_the_same_logits_and_losses(moe_step):
     for name, loss in first.items():
         if name.startswith(moe_step.DEFAULT):
             assert 0 < loss - plain[0] < 0.1
+
+
+def test_the_floor_multiplies_what_a_step_multiplies(moe_step):
+    shape = moe_step.Shape(16, 24, 4, 2, 2, 2, 1, 8, 2, 61)
+    rack, loss = moe_step.stackwise(shape, torch.randint(0, 61, (2, 8)))
+    counts = []
+    for step in (moe_step.stepper(rack, loss), moe_step.floor(shape, list(rack.parameters()))):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+    routers = 3 * 2 * 16 * 16 * 4 * 2  # passes, operations, tokens, width, experts, layers
+    assert counts[0] == counts[1] + routers
 
 
 def test_other_weights_are_refused(moe_step, monkeypatch):
