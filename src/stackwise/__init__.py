@@ -40,6 +40,7 @@ _HOMES = {
     "stackwise.objectives.timesteps": ["ProgressiveMasking", "TimeStepMasking"],
     "stackwise.planning.plan": ["estimate_memory", "plan"],
     "stackwise.precision.manager": ["PrecisionManager"],
+    "stackwise.storage.errors": ["CheckpointError"],
     "stackwise.training.run": ["train"],
     "stackwise.training.trainers": ["ArchitectureTrainer", "ProgressiveTrainer"],
     "stackwise.trunk.manager": ["MemoryManager"],
@@ -50,6 +51,7 @@ __all__ = [
     "ArchitectureConfig",
     "ArchitectureTrainer",
     "Block",
+    "CheckpointError",
     "ConfigError",
     "CoreAttention",
     "LexicalKernelManager",
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     from stackwise.objectives.timesteps import ProgressiveMasking, TimeStepMasking
     from stackwise.planning.plan import estimate_memory, plan
     from stackwise.precision.manager import PrecisionManager
+    from stackwise.storage.errors import CheckpointError
     from stackwise.training.progressive_data import ProgressiveDataLoader
     from stackwise.training.run import train
     from stackwise.training.trainers import ArchitectureTrainer, ProgressiveTrainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stackwise import ProgressiveRackBuilder, StackWiseConfig
+from stackwise import CheckpointError, ProgressiveRackBuilder, StackWiseConfig
 from stackwise.adapters.attach import adapter_parameters, sets
 from stackwise.curriculum.growth import grow
 from stackwise.curriculum.stage import Growth
@@ -178,7 +178,7 @@ def test_an_adapted_rack_comes_back_from_its_file(ids, tmp_path):
     assert other.load_rack(tmp_path / "rack.safetensors")
     assert torch.equal(other.build_rack().eval()(ids), rack(ids))
     assert sizes(other) == sizes(builder)
-    with pytest.raises(ValueError, match=r"missing stacks.s0.*lora_A|unexpected stacks.s0.*lora_A"):
+    with pytest.raises(CheckpointError, match=r"missing stacks.s0.*lora_A|unexpected stacks.s0.*lora_A"):
         make(2).load_rack(tmp_path / "rack.safetensors")
 
 

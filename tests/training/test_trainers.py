@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
+from functools import partial
 
 import pytest
 import torch
 
-from stackwise import ConfigError, ProgressiveRackBuilder, ProgressiveTrainer
+from stackwise import CheckpointError, ConfigError, ProgressiveRackBuilder, ProgressiveTrainer
 
 
 def batches(n: int = 6, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -187,14 +189,47 @@ def test_stacks_and_racks_go_to_files_and_back(tiny, tmp_path):
     empty = ProgressiveRackBuilder(config_of(tiny))
     assert empty.load_rack(whole)
     assert torch.equal(empty.build_rack()(ids), a.build_rack()(ids))
-    with pytest.raises(ValueError, match="not a stack"):
+    with pytest.raises(CheckpointError, match="not a stack"):
         b.load_stack(0, whole)
     with pytest.raises(FileNotFoundError):
         b.load_stack(0, tmp_path / "nowhere")
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="no readable safetensors"):
+    with pytest.raises(CheckpointError, match="safetensors"):
         b.load_stack(0, tmp_path / "junk")
     small = ProgressiveRackBuilder(vocab_size=31, d_model=16, d_ff=32, n_heads=2)
     small.append_stack(n_blocks=1)
-    with pytest.raises(ValueError, match=r"does not fit: .*needed"):
+    before = {name: tensor.clone() for name, tensor in small.build_rack().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"does not fit: .*needed"):
         small.load_stack(0, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.build_rack().state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["stack", "rack"])
+def test_any_flipped_bit_of_a_saved_stack_or_rack_is_found(tiny, tmp_path, kind):
+    builder = ProgressiveRackBuilder(config_of(tiny))
+    builder.append_stack()
+    path = builder.save_stack(0, tmp_path / "a") if kind == "stack" else builder.save_rack(tmp_path / "a")
+    whole = path.read_bytes()
+    assert (
+        path.read_bytes()
+        == (
+            builder.save_stack(0, tmp_path / "b") if kind == "stack" else builder.save_rack(tmp_path / "b")
+        ).read_bytes()
+    )
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(30):
+        at = random.randrange(start, len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1 :])
+        fresh = ProgressiveRackBuilder(config_of(tiny))
+        load = fresh.load_rack if kind == "rack" else partial(builder.load_stack, 0)
+        with pytest.raises(CheckpointError, match="is damaged") as caught:
+            load(path)
+        assert (caught.value.exit_code, caught.value.part) == (3, kind)
+        assert fresh.n_stacks == 0
+    for wrong in (whole[:-1], whole + b"x", whole[: start - 1]):
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError):
+            builder.load_stack(0, path)
+    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"2"'))
+    with pytest.raises(CheckpointError, match="version '2'"):
+        builder.load_rack(path) if kind == "rack" else builder.load_stack(0, path)

@@ -1,23 +1,10 @@
 """What can go wrong with a checkpoint store, with the exit code of each."""
 
-from pathlib import Path
 from typing import ClassVar
 
+from stackwise.storage.errors import CheckpointError
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or could not be written.
-
-    The message names the part and the file, what is intact, and what to do next.
-    """
-
-    exit_code: ClassVar[int] = 3
-
-    def __init__(self, message: str, *, path: Path | None = None, part: str | None = None) -> None:
-        super().__init__(message)
-        self.path = path
-        """The file it is about, where there is one."""
-        self.part = part
-        """The part of the checkpoint it is about, such as `stack:s0/weights`, where there is one."""
+__all__ = ["CheckpointError", "CommitNameError", "LockError", "SpaceError", "VersionError"]
 
 
 class LockError(CheckpointError):

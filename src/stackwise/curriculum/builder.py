@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,14 @@ from stackwise.curriculum.split import apply_training
 from stackwise.curriculum.stage import Growth
 from stackwise.model.block import Stack
 from stackwise.model.describe import rack_spec, stack_blocks
-from stackwise.model.files import load_tensors, save_tensors
+from stackwise.model.files import load_weights, save_weights
 from stackwise.model.init import start_spectral_norm
 from stackwise.model.lexical import take_table_of
 from stackwise.model.rack import Rack, count_parameters
 from stackwise.model.spec import RackSpec
 from stackwise.model.spectral import add_spectral_norm
 from stackwise.precision.modes import mode_of
+from stackwise.storage.errors import CheckpointError
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
@@ -261,45 +261,53 @@ class ProgressiveRackBuilder(BuilderAdapters, BuilderPrecision):
         self._positions(stack_idx)
         stack = rack.stacks[stack_idx]
         spec = RackSpec.to_dict(rack.spec.with_stacks([stack.spec]))["stacks"][0]
-        return save_tensors(path, stack.state_dict(), {"kind": "stack", "spec": json.dumps(spec)})
+        return save_weights(path, stack.state_dict(), kind="stack", spec=spec)
 
     def load_stack(self, stack_idx: int, path: str | Path) -> bool:
-        """Load the weights of a saved stack into the stack at a position. Any mismatch lists the tensors: ValueError."""
+        """Load the weights of a saved stack, of any run, into the stack at a position.
+
+        Any mismatch lists the tensors and changes nothing: CheckpointError, as for a damaged file. Returns True.
+        """
         rack = self.build_rack()
         self._positions(stack_idx)
-        tensors, _ = load_tensors(path, kind="stack")
+        tensors, _ = load_weights(path, kind="stack")
         _load(rack.stacks[stack_idx], tensors, path)
         return True
 
     def save_rack(self, path: str | Path) -> Path:
         """Write the whole rack as one safetensors file with its description; returns the path."""
         rack = self.build_rack()
-        return save_tensors(
-            path, rack.state_dict(), {"kind": "rack", "spec": json.dumps(rack.spec.to_dict())}
-        )
+        return save_weights(path, rack.state_dict(), kind="rack", spec=rack.spec.to_dict())
 
     def load_rack(self, path: str | Path) -> bool:
-        """Load a saved rack; an empty builder takes its description, another must have the same shape (ValueError)."""
-        tensors, facts = load_tensors(path, kind="rack")
-        if self._rack is None:
-            self._rack = build_rack(RackSpec.from_dict(json.loads(facts["spec"])))
-        _load(self._rack, tensors, path)
+        """Load a saved rack; an empty builder takes its description, another must have the same tensors.
+
+        Any mismatch lists the tensors and changes nothing: CheckpointError, as for a damaged file. Returns True.
+        """
+        tensors, spec = load_weights(path, kind="rack")
+        try:
+            rack = build_rack(RackSpec.from_dict(spec)) if self._rack is None else self._rack
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} describes no rack that this version knows: {error}") from error
+        _load(rack, tensors, path)
+        self._rack = rack
         return True
 
 
 @torch.no_grad()
 def _load(module: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy tensors by name; every missing, extra or misshapen one is listed in one ValueError."""
+    """Copy tensors by name; every missing, extra or unequal one is listed in one CheckpointError."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, needed {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
-    ]
+    for name in own.keys() & tensors.keys():
+        found, needed = tensors[name], own[name]
+        if found.shape != needed.shape:
+            problems.append(f"{name} is {list(found.shape)}, needed {list(needed.shape)}")
+        elif found.dtype != needed.dtype and not (found.is_floating_point() and needed.is_floating_point()):
+            problems.append(f"{name} is {found.dtype}, needed {needed.dtype}")
     if problems:
-        raise ValueError(f"{path} does not fit: " + "; ".join(sorted(problems)))
+        raise CheckpointError(f"{path} does not fit: " + "; ".join(sorted(problems)), path=Path(path))
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stackwise.storage import ops
-from stackwise.storage.errors import DamagedFileError
+from stackwise.storage.errors import CheckpointError, DamagedFileError
 from stackwise.storage.header import Header, read_header
 from stackwise.storage.tensors import encode
+
+VERSION = "1"
+"""Of the files of stacks and racks."""
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Path:
@@ -40,12 +45,51 @@ def open_tensors(path: Path, header: Header | None = None) -> Iterator[Any]:
         raise DamagedFileError(f"{path} is no readable safetensors file: {error}") from None
 
 
-def load_tensors(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and facts of a file. Raises as `open_tensors`; of another kind than asked: ValueError."""
-    path = Path(path)
-    with open_tensors(path) as file:
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of a file. Raises as `open_tensors`."""
+    with open_tensors(Path(path)) as file:
         facts = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if kind is not None and facts.get("kind") != kind:
-        raise ValueError(f"{path} holds {facts.get('kind', 'no stackwise weights')!r}, not a {kind}")
-    return tensors, facts
+        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - no mapping
+
+
+def save_weights(path: str | Path, tensors: dict[str, Tensor], *, kind: str, spec: dict[str, Any]) -> Path:
+    """Write a stack or a rack with its description and the hash of its tensors; returns the path."""
+    facts = {"kind": kind, "spec": json.dumps(spec), "version": VERSION, "sha256": _sha256(tensors)}
+    return save_tensors(path, tensors, facts)
+
+
+def load_weights(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description from a file of `save_weights`.
+
+    Missing: FileNotFoundError. Damaged, of another kind, or of another version: CheckpointError. What must not be read:
+    UnsafeInputError.
+    """
+    path = Path(path)
+    try:
+        tensors, facts = load_tensors(path)
+        spec = json.loads(facts.get("spec", "{}"))
+    except (DamagedFileError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{error}. Save the {kind} again, or copy the file again", path=path) from error
+    if facts.get("kind") != kind:
+        found = facts.get("kind", "no stackwise weights")
+        raise CheckpointError(f"{path} holds {found!r}, not a {kind}", path=path)
+    if facts.get("version", VERSION) != VERSION:
+        raise CheckpointError(
+            f"{path} is in version {facts['version']!r}, this StackWise reads {VERSION}; use the one that wrote it",
+            path=path,
+        )
+    if facts.get("sha256", found := _sha256(tensors)) != found:
+        raise CheckpointError(
+            f"{path} is damaged: the {kind} does not have the hash that was stored with it. Copy the file again",
+            path=path,
+            part=kind,
+        )
+    return tensors, spec
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names and bytes, whatever the order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(encode({name: tensors[name]}).sha256.encode())
+    return digest.hexdigest()
