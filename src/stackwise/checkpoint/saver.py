@@ -91,6 +91,7 @@ class Saver:
         step: int,
         pin: str | None = None,
         still: Set[str] = frozenset(),
+        fixed: Set[str] = frozenset(),
         carried: Callable[[Commit | None], Carried] = lambda latest: {},
         before: Callable[[], object] = lambda: None,
         after: Callable[[Store], object] = lambda store: None,
@@ -98,18 +99,22 @@ class Saver:
     ) -> None:
         """Begin to make a state durable; `finished` tells when it is.
 
-        Returns once the tensors of all parts but the `still` ones may change again. `carried` is asked with the newest
+        Returns once everything may change again but the parts that are `still` and the tensors, by name, that are `fixed`. `carried` is asked with the newest
         commit for parts to list again (see `Store.commit`), `before` runs ahead of the commit and `after` behind it. `note` comes back with the
         result. Raises SpaceError before anything is copied where the disk has no room for what changes.
         """
         started = time.perf_counter()
         self.drain()
-        moving = {name: tensors for name, tensors in parts.items() if name not in still}
+        moving = {
+            part: {name: t for name, t in tensors.items() if name not in fixed}
+            for part, tensors in parts.items()
+            if part not in still
+        }
         self._require_room(sum(t.nbytes for tensors in moving.values() for t in tensors.values()), step)
         if self.asynchronous:
             copies = {name: self._copied(name, tensors) for name, tensors in moving.items()}
             self._forget_buffers(copies)
-            parts = {**parts, **copies}
+            parts = {part: {**tensors, **copies.get(part, {})} for part, tensors in parts.items()}
 
         def work() -> Commit:
             store = self.store

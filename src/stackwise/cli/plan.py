@@ -175,6 +175,7 @@ def _show_memory(laid_out: Plan) -> None:
             units.size(memory.boundaries),
             units.size(memory.logits),
             units.size(memory.host_total),
+            units.size(stage.copied_bytes),
             units.size(sum(stage.disk.values())),
         ]
 
@@ -190,11 +191,13 @@ def _show_memory(laid_out: Plan) -> None:
             "boundaries",
             "logits",
             "host",
+            "copy",
             "disk",
         ],
         [row(number, stage) for number, stage in enumerate(laid_out.stages, 1)],
         caption="Embedding and head (weights, gradients, moments) and boundaries are part of the items before "
-        f"them, a chunk of logits of what works at a time.{edges}",
+        f"them, a chunk of logits of what works at a time. Copy: in main memory while a save is written "
+        f"(checkpoint.asynchronous).{edges}",
     )
 
 

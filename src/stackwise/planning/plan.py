@@ -84,7 +84,8 @@ def estimate_memory(config: StackWiseConfig, device: str | None = None) -> dict[
     """Bytes by item of the stage that takes the most memory; nothing is allocated.
 
     Items: parameters, gradients, moments, activations and buffers, as a run counts them; `working`, what passes on top
-    of them; `peak`, the most alive at once; `host`, what is kept in host memory; `disk`, what the run writes.
+    of them; `peak`, the most alive at once; `host`, what is kept in host memory; `copy`, what saving beside the training
+    copies into main memory; `disk`, what the run writes.
     """
     laid_out = plan(config, device)
     memory = laid_out.largest.memory
@@ -93,6 +94,7 @@ def estimate_memory(config: StackWiseConfig, device: str | None = None) -> dict[
         "working": memory.working,
         "peak": memory.peak,
         "host": laid_out.host_bytes,
+        "copy": laid_out.copied_bytes,
         "disk": laid_out.disk_bytes,
     }
 
@@ -161,6 +163,7 @@ class _Rows:
         from stackwise.curriculum.costs import stage_tokens
         from stackwise.model.flops import step_flops, step_units
         from stackwise.planning.held import held
+        from stackwise.training.keeper import copies
 
         stage = listed[index]
         own, memory = held(situation), _counted(situation)
@@ -205,6 +208,7 @@ class _Rows:
             fits=self.device.verdict(memory.peak),
             trunk=source,
             trunk_reason=reason,
+            copied_bytes=learned if copies(self.config.checkpoint, self.device.kind, learned) else 0,
             disk={
                 "checkpoint": learned,
                 "resume": self.config.checkpoint.keep_last * learned,

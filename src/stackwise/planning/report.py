@@ -18,8 +18,9 @@ class StagePlan:
     """One stage. `flops` of the whole stage; `units` of a step, in forward passes of one block.
 
     `bytes` are the items that a run counts (parameters, gradients, moments, activations, buffers), `memory` all that
-    is known of them. `trunk`: none, recomputed, cached, streamed or mapped, with `trunk_reason`. `disk`: what the stage
-    writes, `checkpoint` for good, `resume` for its resume points, `cache` for stored outputs of the trunk.
+    is known of them. `trunk`: none, recomputed, cached, streamed or mapped, with `trunk_reason`. `copied_bytes`: in
+    main memory while a save is written beside the training. `disk`: what the stage writes,
+    `checkpoint` for good, `resume` for its resume points, `cache` for stored outputs of the trunk.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StagePlan:
     fits: str
     trunk: str
     trunk_reason: str
+    copied_bytes: int
     disk: dict[str, int]
 
     @property
@@ -112,6 +114,11 @@ class Plan:
         return max(stage.memory.host_total for stage in self.stages)
 
     @property
+    def copied_bytes(self) -> int:
+        """The most that a save copies into main memory, on top of all else."""
+        return max(stage.copied_bytes for stage in self.stages)
+
+    @property
     def disk_bytes(self) -> int:
         """Checkpoints and resume points of the whole run, and the largest store of activations."""
         kept = sum(stage.disk["checkpoint"] for stage in self.stages)
@@ -136,5 +143,6 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "fits": self.fits,
             "host_bytes": self.host_bytes,
+            "copied_bytes": self.copied_bytes,
             "disk_bytes": self.disk_bytes,
         }

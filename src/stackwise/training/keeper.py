@@ -47,7 +47,7 @@ class RunKeeper:
         """Take the hashes of what rests in this stage; every commit compares."""
         if self.settings.asynchronous == "auto":
             self.drain()
-            self.saver.asynchronous = engine.device.type != "cpu" or _copied_bytes(engine) <= _COPY_ON_CPU
+            self.saver.asynchronous = copies(self.settings, engine.device.type, _copied_bytes(engine))
         still = state.still_parts(engine)
         self.saver.watch({name: t for name, t in state.parts_of(engine).items() if name in still})
 
@@ -64,6 +64,7 @@ class RunKeeper:
             step=engine.progress.step,
             pin=pin,
             still=state.still_parts(engine),
+            fixed=state.fixed_tensors(engine),
             carried=carried,
             before=self.before,
             after=lambda store: store.prune(self.retention),
@@ -107,6 +108,13 @@ class RunKeeper:
             "seconds": saved.seconds,
             "blocked_seconds": saved.blocked_seconds,
         }
+
+
+def copies(settings: CheckpointSettings, device_kind: str, size: int) -> bool:
+    """Whether saves copy the `size` bytes of what trains, to write them beside the training."""
+    if settings.asynchronous == "auto":
+        return device_kind != "cpu" or size <= _COPY_ON_CPU
+    return settings.asynchronous
 
 
 def _copied_bytes(engine: Engine) -> int:

@@ -46,6 +46,11 @@ def still_parts(engine: Engine) -> set[str]:
     return {f"{part}/weights" for part in rack.parts() if part not in moving}
 
 
+def fixed_tensors(engine: Engine) -> set[str]:
+    """Names of weights that nothing trains in this stage, also in parts of which something else trains."""
+    return {name for name, p in engine.rack.named_parameters() if not p.requires_grad}
+
+
 def meta_of(engine: Engine, extra: dict[str, Any]) -> dict[str, Any]:
     """Everything else: description of the rack, stages, counters, position in the data."""
     return {
