@@ -116,7 +116,7 @@ def test_a_next_id_outside_is_found_too(corpus: Corpus) -> None:
         make_rows(hurt.train, 16).batch(np.array([0]))
 
 
-@pytest.mark.parametrize("value", [-1, 2**40, 0, -(2**62)])
+@pytest.mark.parametrize("value", [-1, 2**40, 0, -(2**62), 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("packing", [True, False])
 def test_documents_that_start_anywhere_are_found(value: int, packing: bool, corpus: Corpus) -> None:
     hurt = damage(corpus, "train.documents.bin", lambda starts: starts.__setitem__(3, value), "<i8")

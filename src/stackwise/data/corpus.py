@@ -114,10 +114,14 @@ class TokenSplit:
         starts = self.doc_starts
         if not len(starts):
             return
-        wrong = np.flatnonzero(np.diff(starts, prepend=-1, append=self.n_tokens) <= 0)
-        if starts[0] == 0 and not wrong.size:
+        # Compared, not subtracted: the difference of two numbers of 64 bits may not fit into 64 bits.
+        right = np.ones(len(starts), bool)
+        right[0] = starts[0] == 0
+        right[1:] = starts[1:] > starts[:-1]
+        right &= starts < self.n_tokens
+        if right.all():
             return
-        at = int(wrong[0]) if wrong.size else 0
+        at = int((~right).argmax())
         raise DamagedDataError(
             f"document {at}, at byte {8 * at}, does not start after the one before it and before token {self.n_tokens}",
             where=str(self.folder / f"{self.name}.documents.bin")
