@@ -178,6 +178,9 @@ def open_prefix(
     shape, draws = (seq_len, rack.spec.d_model), corruption.draws or 1
     store: ActivationStore | None = None
     below: ActivationStore | None = None
+    ends = [stop for stop in stack_ends(rack) if stop < blocks]
+    # Where the stage before has stored; not where a store is found, which a resumed run may have lost with its memory.
+    expected = ends[-1] if follows and ends else 0
     below_blocks = 0
     samples = 0 if n_samples is None else min(n_samples * draws, visits)
     if refusal is None and choice is not False:
@@ -185,7 +188,7 @@ def open_prefix(
         identity = {**identity, "noise": str(corruption.noise)}
         hashes = prefix_hashes(rack, blocks)
         store = manager.open(store_key(hashes[blocks], blocks, identity), shape, n_samples, draws)
-        for stop in reversed([stop for stop in stack_ends(rack) if stop < blocks]):
+        for stop in reversed(ends):
             below = manager.find(store_key(hashes[stop], stop, identity), shape, n_samples, draws)
             if below is not None:
                 below_blocks = stop
@@ -197,7 +200,7 @@ def open_prefix(
         samples=samples,
         visits=visits,
         dtype=manager.dtype,
-        below_blocks=below_blocks,
+        below_blocks=expected,
         below=follows,
         later=later,
     )

@@ -105,6 +105,10 @@ def test_open_prefix_decides_by_the_stage(kit, tmp_path):
     assert "the boundary below is stored" in decision.reason
     assert decision.store_seconds == pytest.approx(12 * flops / 2 / 1e3, rel=1e-3)
     assert built_on.below is cached.store
+    empty = MemoryManager(10**6, tmp_path / "empty", dtype="float32")
+    lost = open_prefix(empty, rack, 4, choice="auto", visits=12, follows=1.0, rates=slow, **given)
+    assert lost[0].below is None
+    assert lost[1] == decision, "a run that lost the stored boundary with its process decides as before"
     kept, decision = open_prefix(manager, rack, 4, choice="auto", visits=12, begun=True, **given)
     assert kept is not None
     assert decision.reason == "stored, as when the stage began"
