@@ -511,6 +511,7 @@ PROVEN_ELSEWHERE = {
     "training.recheck": "tests/training/test_guard.py::test_computing_twice_finds_hardware_that_errs",
     "training.gradient_checkpointing": "tests/invariants/test_runs.py::test_gradient_checkpointing_changes_nothing_but_memory",
     "checkpoint.asynchronous": "tests/training/test_keeper.py::test_auto_copies_only_what_is_small_where_the_device_is_the_processor",
+    "checkpoint.grace_seconds": "tests/faults/test_signals.py::test_a_save_that_takes_half_of_the_grace_is_warned_of_once",
     "checkpoint.on_save_error": "tests/training/test_keeper.py::test_a_full_disk_stops_the_run_or_is_noted",
     "checkpoint.full_precision_backup": "tests/invariants/test_formats.py::test_without_the_backup_only_the_rounded_weights_are_there",
     "base": "tests/config/test_inheritance.py::test_defaults_then_parents_in_order_then_file_then_overrides",

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from stackwise.config.base import Settings
-from stackwise.config.types import Flag, NonNegativeInt, PathText, PositiveInt
+from stackwise.config.types import Flag, NonNegativeInt, PathText, PositiveFloat, PositiveInt
 
 
 class CheckpointSettings(Settings):
@@ -17,6 +17,8 @@ class CheckpointSettings(Settings):
     """Hash and write beside the training, from a copy of what trains (weights and moments, in main memory). auto: except where the device is the processor itself and the copy would exceed 256 MB."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """When a resume point cannot be written (a full disk, say): stop the run, or note it, train on and try again at the next one. What is saved already stays intact either way."""
+    grace_seconds: PositiveFloat | None = 30.0
+    """Seconds between a request to stop (SIGTERM) and the end by force, as schedulers have it. A save that takes more than half of them is warned of once. null: no warning."""
     keep_last: PositiveInt = 5
     """Resume points to keep, besides the stage ends. `training.spike_policy: rollback` keeps as many more as it needs."""
     keep_best: NonNegativeInt = 0

@@ -47,7 +47,7 @@ def explain(error: BaseException) -> str:
         context = getattr(error, "ctx", None)
         where = f"\nSee `{context.command_path} --help`." if context is not None else ""
         return f"error: {error.format_message()}{where}"
-    if _is_out_of_memory(error):
+    if _is_out_of_memory(error) and type(error).__name__ != "OutOfMemory":  # a run's own says more
         return (
             f"error: out of memory ({_first_line(error)}). Lower training.batch_size (raise "
             "training.gradient_accumulation_steps to make up for it), or set training.gradient_checkpointing=true"

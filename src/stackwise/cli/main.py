@@ -49,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=HELP_NAMES,
     epilog="Exit codes: 0 done, 2 usage or configuration, 3 damaged data, 4 run in use, 5 loss not finite, "
-    "6 no space, 7 stored run does not fit, 8 unsafe input, 130 Ctrl-C, 143 SIGTERM, 1 anything else.",
+    "6 no space, 7 stored run does not fit, 8 unsafe input, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 1 anything else.",
 )
 
 
@@ -163,8 +163,11 @@ def _reader_gone() -> int:
 
 
 def _prepare_process() -> None:
-    """SIGTERM cleans up, text that the terminal cannot show ends no run, a warning is one line without source code."""
-    signal.signal(signal.SIGTERM, _unwind)
+    """SIGTERM and SIGHUP clean up, text that the terminal cannot show ends no run, a warning is one line without source code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _unwind)
     # Threads of the math libraries that wait by spinning cost ten times the work itself when cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
@@ -175,7 +178,7 @@ def _prepare_process() -> None:
 
 
 def _unwind(signum: int, frame: Any) -> None:
-    """SIGTERM outside of the training loop, which has its own answer."""
+    """SIGTERM or SIGHUP outside of the training loop, which has its own answer."""
     sys.exit(128 + signum)
 
 

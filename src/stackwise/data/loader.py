@@ -25,7 +25,8 @@ POOL = 4096
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_SIGNALS = tuple(s for s in (getattr(signal, n, None) for n in ("SIGINT", "SIGTERM", "SIGHUP")) if s)
+STOP_SIGNALS = tuple(signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
+"""Ask a run to stop. They reach the whole process group, and the training process answers for it."""
 
 
 def permutation(n: int, seed: int, epoch: int) -> SampleIds:
@@ -245,7 +246,7 @@ class TokenLoader:
             generator=torch.Generator(),  # else every start would draw from the global random state
         )
         # A worker inherits the mask, so no signal reaches it before it ignores them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             ahead = _MultiProcessingDataLoaderIter(loader)
         finally:
@@ -335,6 +336,6 @@ def _nothing() -> None:
 def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group. Only the training process answers:
     # a worker killed by them would break its save. Workers end with `close`, or when their parent is gone.
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 
@@ -21,6 +20,10 @@ class GoBack(Exception):
         self.steps, self.facts = steps, facts
 
 
+class OutOfMemory(MemoryError):
+    """A run that needs more memory than there is; the message names where, how much, and what would need less."""
+
+
 class IncompatibleResumeError(ValueError):
     """The stored run was made with other settings that decide its course."""
 
@@ -33,4 +36,4 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
-        self.exit_code = 143 if signum == signal.SIGTERM else 128 + signum
+        self.exit_code = 128 + signum  # 130 SIGINT, 143 SIGTERM, 129 SIGHUP

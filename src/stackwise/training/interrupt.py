@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then stop. A second signal stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: finish the step, save, then stop. A second signal stops at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from stackwise.data.loader import STOP_SIGNALS
 
 
 class InterruptGuard:
     """While active, the first signal only sets `signum`; the handlers before it come back at the end.
 
-    Handlers can be set in the main thread only; elsewhere the guard watches nothing.
+    A signal that the process was started to ignore stays ignored (`nohup`). Handlers can be set in the main thread only;
+    elsewhere the guard watches nothing.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,8 @@ class InterruptGuard:
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+            heard = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
     def __exit__(

@@ -32,6 +32,7 @@ from stackwise.training.errors import GoBack, Interrupted
 from stackwise.training.guard import Guard
 from stackwise.training.hooks import Hooks, Loader
 from stackwise.training.interrupt import InterruptGuard
+from stackwise.training.memory import is_out_of_memory
 from stackwise.training.optim import Optimizers, OptimizerState, carried
 from stackwise.training.parked import resting
 from stackwise.training.progress import Progress
@@ -82,6 +83,7 @@ class Engine(Stepping):
         self._rows_per_chunk = None if chunk == "auto" else int(chunk)
         self._batches = iter(loader)
         self._resumed = self.progress.step > 0
+        self._warned = False
         self._saved_step = self.progress.step if self._resumed else -1
         self._logged_at = (time.perf_counter(), self.progress.tokens)
 
@@ -90,8 +92,8 @@ class Engine(Stepping):
     def run(self) -> list[dict[str, Any]]:
         """Run the stages that are left; returns the history, one entry per stage.
 
-        Raises NumericError where the numerics guard stops the run, GoBack where it goes back to an earlier commit, and
-        Interrupted after a signal, once the state is saved.
+        Raises NumericError where the numerics guard stops the run, GoBack where it goes back to an earlier commit,
+        OutOfMemory, and Interrupted after a signal, once the state is saved.
         """
         done = False
         try:
@@ -107,6 +109,10 @@ class Engine(Stepping):
                         f"stopped, and saved nothing after the commit of step {self._saved_step}: {wish}"
                     )
                     raise Interrupted(guard.signum, message) from None
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self.out_of_memory(self.stages[self.progress.stage], error) from error
             done = True
         finally:
             self.manager.close(remove=done)  # what a stopped run has stored serves when it is resumed
@@ -127,6 +133,7 @@ class Engine(Stepping):
 
     def _begin(self, stage: Stage) -> None:
         """Grow, store what froze, attach adapters, freeze, and build the optimizer of a stage."""
+        self.doing = "the setup"
         p, before = self.progress, dict(self.parked)
         self.report_saves(wait=True)  # what rested may change now
         if self.optimizers is not None:
@@ -291,6 +298,7 @@ class Engine(Stepping):
 
     def _save(self, pin: str | None) -> None:
         if self.hooks.keeper is not None:
+            self.doing = "the save"
             self.refuse_what_is_not_finite()
             self._count_stored()
             self.hooks.keeper.save(self, pin)
@@ -301,14 +309,30 @@ class Engine(Stepping):
     def report_saves(self, *, wait: bool = False) -> None:
         """Report what is on the disk by now; what went wrong beside the training is raised here."""
         if self.hooks.keeper is not None:
+            self.doing = "the save"
             if wait:
                 self.hooks.keeper.drain()
             for event in self.hooks.keeper.events():
                 self.hooks.emit(event)
+                if event["event"] == "checkpoint":
+                    self._watch_grace(event["seconds"])
+
+    def _watch_grace(self, seconds: float) -> None:
+        """Say once that who stops the run may not wait for the save."""
+        grace = self.config.checkpoint.grace_seconds
+        if grace is None or seconds <= grace / 2 or self._warned:
+            return
+        self._warned = True
+        message = (
+            f"a save takes {seconds:.1f} s, more than half of checkpoint.grace_seconds ({grace:g}): whoever stops the run by "
+            "SIGTERM may kill it before its state is saved. Save more often, to a faster disk, or ask for more time"
+        )
+        self.hooks.emit({"event": "note", "message": message})
 
     def _evaluate(self, when: str) -> float | None:
         if self.hooks.evaluate is None:
             return None
+        self.doing = "the evaluation"
         noise = self.stages[min(self.progress.stage, len(self.stages) - 1)].scored_noise
         result = self.hooks.evaluate(self.rack) if noise is None else self.hooks.evaluate(self.rack, noise)
         self.progress.eval_loss = result["loss"]
@@ -324,6 +348,7 @@ class Engine(Stepping):
             return
         if time_of(self.config) == "depth" and p.stage + 1 < len(self.stages):
             return  # a text needs every share of noise, and stacks for some of them have yet to train
+        self.doing = "the sample"
         prompt, text = self.hooks.sample(self.rack)
         self.hooks.emit({"event": "sample", "step": p.step, "stage": p.stage, "prompt": prompt, "text": text})
 

@@ -17,14 +17,16 @@ from stackwise.curriculum.stage import Stage
 from stackwise.model.init import keyed_generator
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Example, Objective
+from stackwise.tracking import units
 from stackwise.training.balance import Balance
 from stackwise.training.consistency import Aim, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.device import computing_in
-from stackwise.training.errors import GoBack, NumericError
+from stackwise.training.errors import GoBack, NumericError, OutOfMemory
 from stackwise.training.finite import not_finite
 from stackwise.training.guard import Guard, Verdict
 from stackwise.training.hooks import Hooks, Loader
+from stackwise.training.memory import advice, peak_bytes
 from stackwise.training.optim import Optimizers
 from stackwise.training.progress import Progress
 from stackwise.training.schedule import stage_factor
@@ -68,6 +70,8 @@ class Stepping:
     lr: float = 0.0
     grad_norm: float = 0.0
     balance: Balance
+    doing: str = "the setup"
+    """What the run is at, for errors."""
     _batches: Iterator[Mapping[str, Tensor]]
     _rows_per_chunk: int | None
     _has_dropout: bool
@@ -77,6 +81,7 @@ class Stepping:
         training, p, optimizers = self.config.training, self.progress, self.optimizers
         assert optimizers is not None
         started = time.perf_counter()
+        self.doing = "the corruption"
         # What a step draws at random depends on its place in the data, so that stages which restart there repeat.
         draw = p.step if stage.data_start is None else stage.data_start + p.stage_step
         self.lr = optimizers.set_factor(stage_factor(stage, p.stage_step, training), draw)
@@ -103,6 +108,7 @@ class Stepping:
         p.step += 1
         p.stage_batches += len(batches)
         if verdict.action == "apply":
+            self.doing = "the optimizer's step"
             limit = training.max_grad_norm or math.inf
             if found.norm > limit:
                 optimizers.clip(limit, found.norm_tensor)
@@ -138,7 +144,9 @@ class Stepping:
             if self._has_dropout:
                 key = (draw, index)
                 torch.manual_seed(keyed_generator(self.config.training.seed, "dropout", *key).initial_seed())
+            self.doing = "the forward pass"
             loss = self._loss(example, aims[index] if aims else None) / weight
+            self.doing = "the backward pass"
             self._read_ahead(stage, batches[index + 1 :])
             with optimizers.in_backward():
                 (self.scaler.scale(loss) if self.scaling else loss).backward()
@@ -234,6 +242,20 @@ class Stepping:
         kept = "" if self.hooks.failed is None else f"The facts are in {self.hooks.failed(facts)}. "
         intact = f"The commit of step {self._saved_step} is intact; " if self._saved_step >= 0 else ""
         return NumericError(f"stopped at {what}. {kept}{intact}{advice}")
+
+    def out_of_memory(self, stage: Stage, error: BaseException) -> OutOfMemory:
+        """The error to end with. What the step has done by then is not saved by anybody."""
+        p, training = self.progress, self.config.training
+        step = p.step + (self.doing in ("the corruption", "the forward pass", "the backward pass"))
+        rows, length = stage.batch_size or training.batch_size, stage.seq_len or training.seq_len
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        stored = f"The commit of step {self._saved_step}" if self._saved_step >= 0 else "Nothing"
+        saving = self.doing == "the save"
+        return OutOfMemory(
+            f"out of memory in {self.doing} of step {step}, stage {p.stage + 1} ({stage.name}), with batches of "
+            f"{rows} rows of {length} tokens: {first}. At most {units.size(peak_bytes(self.device))} were held. "
+            f"{stored} is stored, and nothing of this step. Set {advice(self.config, stage, p.stage, saving)}"
+        )
 
     def _place(self, stage: Stage) -> str:
         return f"step {self.progress.step}, stage {self.progress.stage + 1} ({stage.name})"
