@@ -47,6 +47,30 @@ def _fuzz(asked: argparse.Namespace) -> dict[str, Any]:
     return fuzz.run(asked.inputs, asked.seed, kinds, first=asked.first, seconds=asked.seconds)
 
 
+def _points(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import points
+
+    return points.run(asked.passages, asked.seed, seconds=asked.seconds, only=asked.work)
+
+
+def _flips(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import flips
+
+    return flips.run(asked.flips, asked.seed, seconds=asked.seconds, only=asked.work, first=asked.first)
+
+
+def _errors(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import errors
+
+    return errors.run(asked.calls, asked.seed, seconds=asked.seconds, only=asked.work)
+
+
+def _peers(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import peers
+
+    return peers.run(asked.peers, asked.seed, seconds=asked.seconds)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault. `count`: the option that says how many, with its value here and in the long run."""
@@ -60,8 +84,12 @@ class Kind:
 
 KINDS = {
     "kills": Kind(_kills, "kill -9 at random times", "kills", 200, 10_000),
+    "points": Kind(_points, "kill -9 at every named crash point", "passages", 1, 12),
     "power": Kind(_power, "power loss at every moment, modelled", "states", 2_000, 50_000),
+    "peers": Kind(_peers, "the same on other ways of saving", "peers", 10, 200),
     "fuzz": Kind(_fuzz, "files of every kind, changed by chance", "inputs", 10_000, 1_000_000),
+    "flips": Kind(_flips, "bits flipped, files cut, in every kind of file", "flips", 300, 10_000),
+    "errors": Kind(_errors, "full, failing and forbidden disks", "calls", 1, 12),
 }
 
 
@@ -75,8 +103,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--first", type=int, default=0, help="number of the first run or draw, to repeat a miss"
     )
-    parser.add_argument("--work", help="only the work of this name, for power")
     parser.add_argument("--kinds", help="only files of these kinds, with commas, for fuzz")
+    parser.add_argument("--work", help="only the work, or the kind of file, of this name")
     parser.add_argument("--disk", type=Path, help="folder on a disk, for what must not be in memory")
     parser.add_argument("--out", type=Path, help="folder of the records")
     for name, kind in KINDS.items():

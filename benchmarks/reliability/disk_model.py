@@ -25,6 +25,11 @@ from unittest.mock import patch
 
 from stackwise.storage import ops
 
+PRIMITIVES = (
+    *("create", "open_to_change", "write", "pwrite", "fsync", "rename", "link", "unlink", "truncate"),
+    *("mkdir", "rmdir"),
+)
+"""Functions of `stackwise.storage.ops` that change something on a disk; all others call them."""
 TEARS = (0, 512, 4096)
 """Bytes of a torn write that are there."""
 IDLE = ("sync", "mark")
@@ -77,9 +82,7 @@ class Recorder:
         self.trace.ops.append(Op("mark", -1, name))
 
     def __enter__(self) -> Recorder:
-        for name in ("create", "open_to_change", "write", "pwrite", "fsync", "rename", "unlink", "truncate"):
-            self._replace(name, getattr(self, f"_{name}"))
-        for name in ("mkdir", "rmdir"):
+        for name in PRIMITIVES:
             self._replace(name, getattr(self, f"_{name}"))
         return self
 
@@ -157,6 +160,11 @@ class Recorder:
         if node is not None:
             self._add("add", self._node(target.parent), name=target.name, target=node)
             self._add("drop", self._node(source.parent), name=source.name)
+
+    def _link(self, original: Callable[..., None], source: Path, target: Path) -> None:
+        original(source, target)
+        if self._inside(target):
+            self._add("add", self._node(target.parent), name=target.name, target=self._node(source))
 
     def _unlink(self, original: Callable[..., None], path: Path) -> None:
         original(path)

@@ -13,12 +13,14 @@ import torch
 from reliability.runs import BY_NAME, config_of, hashes
 from stackwise.adapters.io import load_set, save_set
 from stackwise.checkpoint.store import Store
+from stackwise.config.root import StackWiseConfig
 from stackwise.data.prepare import prepare
 from stackwise.interop.hf_export import write_model
 from stackwise.interop.hf_import import read_model
-from stackwise.model.files import load_tensors, save_tensors
+from stackwise.model.files import load_weights, save_weights
 from stackwise.model.rack import Rack
 from stackwise.tracking.metrics import MetricsFile
+from stackwise.training.changes import changes_between, course_of
 from stackwise.training.run import train
 from stackwise.training.stored import open_run
 from stackwise.trunk.budget import Budget
@@ -101,7 +103,13 @@ def _run_files(place: Path, data: Path) -> Iterator[Kind]:
 
     def opened() -> Any:
         run = open_run(run_dir)
-        return [run.commit.id, run.config.to_dict(), list(run.tokenizer.encode("the frozen trunk"))]
+        return [run.commit.id, list(run.tokenizer.encode("the frozen trunk"))]
+
+    def settings() -> Any:
+        found = course_of(StackWiseConfig.from_yaml(run_dir / "config.yaml"))
+        if changes := changes_between(kept()["config"], found):
+            raise Told(f"{run_dir} holds a run with other settings: {changes}")
+        return found
 
     def kept() -> dict[str, Any]:
         store = Store(run_dir / "store")
@@ -109,8 +117,13 @@ def _run_files(place: Path, data: Path) -> Iterator[Kind]:
         assert commit is not None
         return store.meta(commit)
 
-    yield Kind("tokenizer.json", "of a run", [run_dir / "tokenizer.json"], opened, 0.3)
-    yield Kind("config.yaml", "of a run", [run_dir / "config.yaml"], opened, 0.3)
+    yield Kind("tokenizer.json", "of a run", [run_dir / "tokenizer.json"], opened, 0.5)
+    yield Kind(
+        "config.yaml",
+        "settings that decide the course of the run; the rest is the user's to edit at any time",
+        [run_dir / "config.yaml"],
+        settings,
+    )
     log = run_dir / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[: kept()["metrics_bytes"]])
     whole = log.read_bytes()
@@ -225,12 +238,11 @@ def _exports(place: Path) -> Iterator[Kind]:
         if (out / name).exists():
             yield Kind(f"export: {name}", "of an exported model", [out / name], model)
 
-    single = save_tensors(
-        place / "single.safetensors", {"a": torch.arange(300.0)}, {"kind": "stack", "spec": "{}"}
-    )
+    tensors = {"a": torch.arange(300.0)}
+    single = save_weights(place / "single.safetensors", tensors, kind="stack", spec={"d_ff": 12, "eps": 1e-5})
 
     def alone() -> Any:
-        tensors, facts = load_tensors(single, kind="stack")
+        tensors, facts = load_weights(single, kind="stack")
         return [hashes(tensors), facts]
 
     yield Kind("single stack", "a stack saved by itself", [single], alone)

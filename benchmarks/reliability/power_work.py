@@ -128,7 +128,7 @@ def training(root: Path, draw: random.Random, mark: Mark) -> Check:
 
     train(config_of(case, root, data, **more), sinks=[Listener()], report=False)
     log = (root / "run" / "metrics.jsonl").read_bytes()
-    wanted = outcome_of(root / "run")
+    wanted = outcome_of(root / "run", case)
     whole = {name: (root / "run" / name).read_bytes() for name in ("config.yaml", "tokenizer.json")}
 
     def check(folder: Path, promised: Sequence[str], go_on: bool = False) -> None:
@@ -148,7 +148,7 @@ def training(root: Path, draw: random.Random, mark: Mark) -> Check:
                 assert (run_dir / name).read_bytes() == data_, f"{name} is damaged"
         if go_on:
             train(config_of(case, folder, data, **more), sinks=[], report=False)
-            unlike = list(differences(outcome_of(run_dir), wanted))
+            unlike = list(differences(outcome_of(run_dir, case), wanted))
             assert not unlike, f"the run has come to another end: {unlike[:3]}"
 
     return check

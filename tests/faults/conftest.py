@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,3 +21,9 @@ def _on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(folder, "environment", folder.environment)  # which children look up only once
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def fault_seed() -> int:
+    """Another one each time, unless STACKWISE_FAULT_SEED names it. Misses print it with the command for them."""
+    return int(os.environ.get("STACKWISE_FAULT_SEED", secrets.randbelow(10**6)))

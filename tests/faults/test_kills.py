@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,11 @@ KILLS = 50
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", SLICES)
-def test_a_killed_run_ends_as_the_undisturbed_one(part: int, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_the_undisturbed_one(part: int, tmp_path: Path, fault_seed: int) -> None:
     from reliability import kills, runs
 
-    seed = int(os.environ.get("STACKWISE_FAULT_SEED", secrets.randbelow(10**6)))
     chosen = runs.CASES[part :: len(SLICES)]
-    record = kills.run(KILLS, seed, cases=chosen, disk=tmp_path)
+    record = kills.run(KILLS, fault_seed, cases=chosen, disk=tmp_path)
     assert record["failures"] == []
     assert record["kills"] >= KILLS
     assert sum(row["at"].get("training and saving", 0) for row in record["cases"]) > KILLS // 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,10 @@ import pytest
 from stackwise.storage import ops
 
 
-def seed() -> int:
-    return int(os.environ.get("STACKWISE_FAULT_SEED", secrets.randbelow(10**6)))
-
-
-def test_every_promise_holds_in_every_state() -> None:
+def test_every_promise_holds_in_every_state(fault_seed: int) -> None:
     from reliability import power
 
-    record = power.run(2000, seed())
+    record = power.run(2000, fault_seed)
     assert record["failures"] == []
     assert record["states"] >= 1900
     assert record["went_on"] > 0
@@ -30,7 +25,9 @@ def test_every_promise_holds_in_every_state() -> None:
 
 
 @pytest.mark.parametrize("forgotten", ["every file", "every folder"])
-def test_a_store_that_forgets_to_sync_is_found_out(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_forgets_to_sync_is_found_out(
+    forgotten: str, fault_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model can fail: without the syncs of files, or of folders, a promise is broken."""
     from reliability import disk_model, power, power_work
 
@@ -42,11 +39,11 @@ def test_a_store_that_forgets_to_sync_is_found_out(forgotten: str, monkeypatch: 
 
     monkeypatch.setattr(disk_model.Recorder, "_fsync", unseen)
     works = [work for work in power_work.WORKS if work.name == "commits and prunes"]
-    record = power.run(300, seed(), works=works)
+    record = power.run(300, fault_seed, works=works)
     assert any("commit" in failure or "Checkpoint" in failure for failure in record["failures"])
 
 
-def test_the_states_of_one_write_are_all_that_can_be(tmp_path: Path) -> None:
+def test_the_states_of_one_write_are_all_that_can_be(tmp_path: Path, fault_seed: int) -> None:
     from reliability.disk_model import Recorder, after, choices
 
     root = tmp_path / "root"
@@ -60,7 +57,7 @@ def test_the_states_of_one_write_are_all_that_can_be(tmp_path: Path) -> None:
     assert trace.unsafe(safe) == []
     found = {}
     for end in range(safe, len(trace.ops) + 1):
-        for choice in choices(trace, end, random.Random(seed()), 50):
+        for choice in choices(trace, end, random.Random(fault_seed), 50):
             state = after(trace, end, choice)
             found.setdefault(state.files["a"], set()).add(state.files.get(".a.new"))
     # the name a: the old file or the new one whole, for its bytes were synced before it was renamed

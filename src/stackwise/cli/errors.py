@@ -25,6 +25,10 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NO_SPACE
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return DAMAGED
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return USAGE
     if isinstance(error, _damage()):
         return DAMAGED
     return USAGE if isinstance(error, _mistakes()) else GENERAL
@@ -63,6 +67,7 @@ def _os_text(error: OSError) -> str:
     hints = {
         errno.ENOSPC: "free some space, or set checkpoint.dir to a folder on another disk",
         errno.EDQUOT: "free some space, or set checkpoint.dir to a folder on another disk",
+        errno.EIO: "the disk fails: check it, then run the same command again or choose another path",
         errno.EACCES: "change its permissions, or choose another path",
         errno.EROFS: "choose a path on a disk that can be written",
         errno.EISDIR: "name a file in it",

@@ -53,8 +53,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_weights(path: str | Path, tensors: dict[str, Tensor], *, kind: str, spec: dict[str, Any]) -> Path:
-    """Write a stack or a rack with its description and the hash of its tensors; returns the path."""
-    facts = {"kind": kind, "spec": json.dumps(spec), "version": VERSION, "sha256": _sha256(tensors)}
+    """Write a stack or a rack with its description and the hash of both; returns the path."""
+    text = json.dumps(spec)
+    facts = {"kind": kind, "spec": text, "version": VERSION, "sha256": _sha256(tensors, text)}
     return save_tensors(path, tensors, facts)
 
 
@@ -67,7 +68,8 @@ def load_weights(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
     path = Path(path)
     try:
         tensors, facts = load_tensors(path)
-        spec = json.loads(facts.get("spec", "{}"))
+        text = facts.get("spec", "{}")
+        spec = json.loads(text)
     except (DamagedFileError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{error}. Save the {kind} again, or copy the file again", path=path) from error
     if facts.get("kind") != kind:
@@ -78,7 +80,7 @@ def load_weights(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
             f"{path} is in version {facts['version']!r}, this StackWise reads {VERSION}; use the one that wrote it",
             path=path,
         )
-    if facts.get("sha256", found := _sha256(tensors)) != found:
+    if facts.get("sha256", found := _sha256(tensors, text)) != found:
         raise CheckpointError(
             f"{path} is damaged: the {kind} does not have the hash that was stored with it. Copy the file again",
             path=path,
@@ -87,9 +89,9 @@ def load_weights(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
     return tensors, spec
 
 
-def _sha256(tensors: dict[str, Tensor]) -> str:
-    """Of names and bytes, whatever the order."""
-    digest = hashlib.sha256()
+def _sha256(tensors: dict[str, Tensor], spec: str) -> str:
+    """Of the description, and of names and bytes, whatever the order."""
+    digest = hashlib.sha256(spec.encode())
     for name in sorted(tensors):
         digest.update(encode({name: tensors[name]}).sha256.encode())
     return digest.hexdigest()
