@@ -1,5 +1,6 @@
 """Which commits prune leaves: the newest, the best, every so many steps, stage ends, pins, the last verified."""
 
+import hashlib
 import json
 import os
 import random
@@ -167,6 +168,17 @@ def test_any_flipped_bit_of_the_scores_is_found_and_stops_only_what_needs_them(f
     assert filled.scores() == {filled.find("step:20").id: 1.5}
     filled.prune(Retention(best=1, stages=False))
     assert steps(filled) == [20, 80]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"a": null}', '{"a": [1]}', "{", "[" * 100_000, '{"a": "b"}', '{"a": 1' + "0" * 400 + "}"]
+)
+def test_a_table_that_is_none_is_damaged_whatever_its_hash_says(filled, text):
+    head = hashlib.sha256(text.encode()).hexdigest()
+    (filled.root / "refs" / "scores").write_text(f"{head}\n{text}")
+    with pytest.raises(CheckpointError, match="validation losses"):
+        filled.scores()
+    assert list(filled.damaged()) == [filled.root / "refs" / "scores"]
 
 
 def test_the_last_verified_commit_is_never_pruned(filled):

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from stackwise.checkpoint import files
 from stackwise.checkpoint.errors import CheckpointError, CommitNameError, LockError
 from stackwise.checkpoint.retention import Retention
 from stackwise.checkpoint.store import Store
@@ -248,6 +249,23 @@ def test_prune_and_saves_beside_readers_never_take_what_a_commit_lists(store, ma
     assert excuses <= {"was pruned"}
     assert store.latest().step == 39
     assert examine(store).damage == ()
+
+
+def test_a_reader_whose_list_went_stale_lists_again(store, make_state, monkeypatch):
+    """Between listing the manifests and reading them all were replaced: the store is not empty for all that."""
+    save(store.root, make_state(1), 1)
+    listing = files.names
+
+    def then_prune(folder):
+        names = listing(folder)
+        if folder.name == "commits" and names:
+            monkeypatch.setattr(files, "names", listing)
+            save(store.root, make_state(2), 2)
+            Store(store.root).prune()
+        return names
+
+    monkeypatch.setattr(files, "names", then_prune)
+    assert store.latest().step == 2
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -56,6 +56,7 @@ def test_a_fork_ends_as_the_run_it_came_from(run, tmp_path, name):
     assert contents(commit) == contents(store.find(name))
     assert (commit.parent, commit.pin) == (store.find(name).sha256, "forked")
     assert StackWiseConfig.from_yaml(made.config).training.run_id == "twin"
+    assert losses(made) == [row for row in losses(run) if row[0] <= commit.step]
     assert resume(made)["resumed_from"] == commit.id
     assert contents(store_of(made).latest()) == contents(store.latest())
     assert losses(made) == losses(run)

@@ -95,8 +95,10 @@ class Refs:
         digest, _, text = bytes(files.read(path, size)).partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise ValueError("its bytes are not those that were written")
-        table = json.loads(text)
-        return {str(commit): float(value) for commit, value in table.items()}
+        try:
+            return {str(commit): float(value) for commit, value in json.loads(text).items()}
+        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"it is no table of numbers by commit ({error})") from error
 
     def write_table(self, name: str, table: Mapping[str, float]) -> None:
         """A table that is lost can be made anew, so its name is not synced."""

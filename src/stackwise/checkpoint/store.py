@@ -18,7 +18,7 @@ Nothing here pickles, and no tensor leaves the store before its file's hash was 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,15 +26,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from stackwise.checkpoint import files
-from stackwise.checkpoint.commits import Commits, quarantined, step_of
+from stackwise.checkpoint.commits import quarantined
 from stackwise.checkpoint.errors import CheckpointError
 from stackwise.checkpoint.lock import WriterLock
 from stackwise.checkpoint.manifest import MAX_STEP, Commit, Part, check_meta, serialize
-from stackwise.checkpoint.naming import Names
-from stackwise.checkpoint.objects import Objects
-from stackwise.checkpoint.refs import Refs
+from stackwise.checkpoint.reading import Reader
 from stackwise.checkpoint.retention import Retention, kept
-from stackwise.config.errors import did_you_mean
 from stackwise.storage import ops
 from stackwise.storage.header import check_name
 from stackwise.storage.tensors import Encoded, check_tensors, decode, encode, same_bits
@@ -55,7 +52,7 @@ class Pruned:
     """Why each of the others is kept, by id."""
 
 
-class Store(Names):
+class Store(Reader):
     """Commits of one run under the folder `root`. Opening a store neither creates nor locks anything.
 
     Reading needs no lock. `commit`, `prune`, `pin`, `unpin` and `score` take the writer's lock for the call
@@ -64,73 +61,8 @@ class Store(Names):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.tmp = self.root / "tmp"
-        self.quarantine = self.root / "quarantine"
-        super().__init__(Commits(self.root / "commits"), Refs(self.root / "refs", self.tmp))
-        self.objects = Objects(self.root / "objects", self.tmp)
+        super().__init__(Path(root))
         self._lock = WriterLock(self.root / "LOCK")
-
-    # Reading
-
-    def latest(self) -> Commit | None:
-        """The newest commit, or None in an empty store.
-
-        Raises CheckpointError, never returning an older one instead, when the newest manifest is damaged
-        or gone, or one of its objects is missing or has the wrong size.
-        """
-        commits, damaged = self.manifests.scan()
-        newest = commits[-1] if commits else None
-        # The number inside a damaged manifest cannot be read; its step, in the name, can.
-        blocking = [path for path in damaged if newest is None or step_of(path) >= newest.step]
-        if blocking:
-            path = blocking[-1]
-            raise CheckpointError(
-                f"the manifest {path} is damaged: {damaged[path]}. {self._way_out(commits, blocking)}",
-                path=path,
-            )
-        if (gone := self._gone()) is not None:
-            if self.commits()[-1:] != commits[-1:]:
-                return self.latest()  # a writer went on meanwhile
-            raise CheckpointError(
-                f"the manifest {gone} is gone: refs/latest names it. {self._way_out(commits, [gone])}",
-                path=gone,
-            )
-        if newest is not None:
-            try:
-                for part in newest.parts.values():
-                    self._checked(newest, part, self.objects.check_size)
-            except CheckpointError:
-                if files.size_of(newest.path) is None:
-                    return self.latest()  # a writer made a newer commit and pruned this one meanwhile
-                raise
-        return newest
-
-    def load(self, commit: Commit, part: str) -> dict[str, Tensor]:
-        """The tensors of one part, on the CPU, free to be changed.
-
-        The file's hash is checked before any tensor is made. Raises CheckpointError.
-        """
-        entry = commit.parts.get(part)
-        if entry is None:
-            hint = did_you_mean(part, commit.parts) or f"it has {', '.join(sorted(commit.parts))}"
-            raise CheckpointError(
-                f"commit {commit.id} has no part {part!r}; {hint}", path=commit.path, part=part
-            )
-        return self._checked(commit, entry, lambda entry: decode(self.objects.read(entry)))
-
-    def read(self, commit: Commit, part: Part) -> bytearray:
-        """The bytes of one part's object, their hash checked. Raises CheckpointError."""
-        return self._checked(commit, part, self.objects.read)
-
-    def meta(self, commit: Commit) -> dict[str, Any]:
-        """The run state that was given to `commit`, as JSON keeps it. Raises CheckpointError."""
-        return self._read_manifest(commit.path)[1]
-
-    def verify(self, commit: Commit) -> None:
-        """Read every object of a commit and check its hash. Raises CheckpointError for the first damaged one."""
-        for part in commit.parts.values():
-            self._checked(commit, part, self.objects.read)
 
     # Writing
 
@@ -194,7 +126,7 @@ class Store(Names):
             try:
                 entries, repaired, written = {}, [], 0
                 for name, (commit, part) in carried.items():
-                    self._checked(commit, commit.parts[part], self.objects.check_size)
+                    self.checked(commit, commit.parts[part], self.objects.check_size)
                     entries[name] = dataclasses.replace(commit.parts[part], name=name)
                 for name in sorted(parts):
                     encoded = encode(parts[name])
@@ -226,7 +158,7 @@ class Store(Names):
             files.sync_dir(self.manifests.folder)
             ops.crashpoint("manifest.durable")
             self.refs.write_latest(identity)
-            commit, _ = self._read_manifest(path)
+            commit, _ = self.read_manifest(path)
             return dataclasses.replace(commit, repaired=tuple(repaired))
 
     def prune(self, retention: Retention = Retention(), *, dry_run: bool = False) -> Pruned:  # noqa: B008 - frozen
@@ -244,7 +176,7 @@ class Store(Names):
                 path = next(iter(damaged))
                 raise CheckpointError(
                     f"nothing was pruned: the manifest {path} is damaged ({damaged[path]}), so what it needs is "
-                    f"unknown. {self._way_out(commits, list(damaged))}",
+                    f"unknown. {self.way_out(commits, list(damaged))}",
                     path=path,
                 )
             keep = kept(
@@ -256,7 +188,7 @@ class Store(Names):
             )
             if commits:
                 for part in commits[-1].parts.values():
-                    self._checked(commits[-1], part, self.objects.verify_once)
+                    self.checked(commits[-1], part, self.objects.verify_once)
             doomed = [commit for commit in commits if commit.id not in keep]
             listed = {
                 part.sha256 for commit in commits if commit.id in keep for part in commit.parts.values()
@@ -325,70 +257,6 @@ class Store(Names):
         else:
             with self.lock():
                 yield
-
-    def _read_manifest(self, path: Path) -> tuple[Commit, dict[str, Any]]:
-        try:
-            return self.manifests.read(path)
-        except ValueError as error:
-            commits, damaged = self.manifests.scan()
-            raise CheckpointError(
-                f"the manifest {path} is damaged: {error}. {self._way_out(commits, list(damaged) or [path])}",
-                path=path,
-            ) from error
-
-    def _checked(self, commit: Commit, part: Part, check: Callable[[Part], _T]) -> _T:
-        """`check(part)`, whose ValueError says what is wrong with the object, as a CheckpointError."""
-        try:
-            return check(part)
-        except ValueError as error:
-            raise self._damage(commit, part, str(error)) from error
-
-    def _damage(self, commit: Commit, part: Part, what: str) -> CheckpointError:
-        path = self.objects.path(part.sha256)
-        if files.size_of(commit.path) is None:
-            return CheckpointError(
-                f"commit {commit.id} was pruned; run the same command again to read a newer one",
-                path=path,
-                part=part.name,
-            )
-        commits, _ = self.manifests.scan()
-        hurt = [
-            other.path for other in commits if part.sha256 in {entry.sha256 for entry in other.parts.values()}
-        ]
-        return CheckpointError(
-            f"part {part.name!r} of commit {commit.id} is damaged: {path} {what}. {self._way_out(commits, hurt)}",
-            path=path,
-            part=part.name,
-        )
-
-    def _way_out(self, commits: list[Commit], hurt: list[Path]) -> str:
-        """Which commit is not hurt, and the commands that continue from it."""
-        intact = [commit for commit in commits if commit.path not in hurt and self._has_objects(commit)]
-        if not intact:
-            return "No other commit is intact: restore the file from a copy, or train anew with checkpoint.overwrite=true."
-        return (
-            f"Hurt by it: {', '.join(path.stem for path in hurt)}. Not hurt: {intact[-1].id} (step {intact[-1].step}). "
-            f"Restore the file from a copy; or set the hurt commits aside, which deletes nothing, and run the same "
-            f"command again to go on from there:\n  {self.repair_command}"
-        )
-
-    def _gone(self) -> Path | None:
-        """The manifest that refs/latest names, where it is neither there nor in quarantine/. The ref may lag behind,
-        but prune puts it right before it deletes what it names."""
-        named = self.refs.latest()
-        if named is None:
-            return None
-        path = self.manifests.path(named)
-        there = any(files.size_of(place / path.name) is not None for place in (path.parent, self.quarantine))
-        return None if there else path
-
-    def _has_objects(self, commit: Commit) -> bool:
-        try:
-            for part in commit.parts.values():
-                self.objects.check_size(part)
-        except ValueError:
-            return False
-        return True
 
 
 @contextlib.contextmanager
