@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from stackwise.checkpoint.store import Store
-from stackwise.training.errors import Interrupted
+from stackwise.training.errors import Interrupted, NumericError
 from stackwise.training.loop import Engine
+from stackwise.training.optim import Optimizers
 from stackwise.training.run import train
 
 GROW = {"train": ["new", "tail", "norm", "head"], "max_steps": 3}
@@ -126,3 +127,38 @@ def test_a_resumed_run_goes_on_with_the_same_scale(tiny, monkeypatch, stop):
             run("parts")
     assert run("parts") == whole
     assert scales[-1] == expected[-1]
+
+
+@pytest.mark.parametrize(("lasting", "skipped"), [(3, 3), (10**6, None)])
+def test_overflow_lowers_the_scale_and_is_no_failure_until_the_scale_is_used_up(
+    tiny, monkeypatch, lasting, skipped
+):
+    """From 2^4 the scale is 1 after four steps; gradients that overflow even then end the run."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=16.0))
+    norm, seen = Optimizers.gradient_norm, []
+
+    def overflows(self):
+        seen.append(1)
+        return norm(self) * (float("inf") if len(seen) <= lasting else 1.0)
+
+    unscale = scaler.unscale_
+
+    def found_inf(self, optimizer):
+        unscale(self, optimizer)
+        if len(seen) < lasting:
+            for held in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                held.fill_(1.0)
+
+    monkeypatch.setattr(Optimizers, "gradient_norm", overflows)
+    monkeypatch.setattr(scaler, "unscale_", found_inf)
+    config = tiny(training__progressive__enabled=False, training__dtype="float16", training__max_steps=12)
+    monkeypatch.setattr("stackwise.training.run.pick_dtype", lambda *_: torch.float16)
+    if skipped is None:
+        with pytest.raises(NumericError, match=r"step 5, .*gradient norm inf"):
+            train(config, sinks=[])
+        return
+    folder = Path(train(config, sinks=[])["run_dir"])
+    store = Store(folder / "store")
+    assert store.meta(store.latest())["progress"]["skipped"] == skipped
+    assert store.meta(store.latest())["progress"]["guard"]["failed"] == []
