@@ -158,8 +158,8 @@ def copied(monkeypatch):
     """Bytes that the last save of each stage copied."""
     original, seen = RunKeeper.save, {}
 
-    def save(self, engine, pin):
-        original(self, engine, pin)
+    def save(self, engine, pin, since):
+        original(self, engine, pin, since)
         seen[engine.progress.stage] = sum(held.nbytes for held in self.saver._buffers.values())
 
     monkeypatch.setattr(RunKeeper, "save", save)
@@ -171,7 +171,9 @@ def test_planned_stages_equal_the_stages_of_the_run(tiny, changes, copied):
     config = tiny(**changes)
     planned = plan(config).stages
     history = train(config, sinks=[])["training_history"]
-    for index, stage in enumerate(planned):  # not planned: vectors of norms and routers that no gradient moves
+    for index, stage in enumerate(
+        planned
+    ):  # not planned: vectors of norms and routers that no gradient moves
         assert stage.copied_bytes <= copied[index] <= 1.07 * stage.copied_bytes
     assert [s.name for s in planned] == [h["name"] for h in history]
     for stage, entry in zip(planned, history, strict=True):

@@ -48,9 +48,9 @@ def test_auto_copies_only_what_is_small_where_the_device_is_the_processor(tiny, 
     seen = []
     original = RunKeeper.save
 
-    def save(self, engine, pin):
+    def save(self, engine, pin, since):
         seen.append(self.saver.asynchronous)
-        original(self, engine, pin)
+        original(self, engine, pin, since)
 
     monkeypatch.setattr(RunKeeper, "save", save)
     train(tiny(training__run_id="small"), sinks=[])

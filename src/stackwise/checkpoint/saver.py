@@ -38,7 +38,7 @@ class Saved:
     commit: Commit | None
     error: Exception | None
     seconds: float
-    """From the copy to the durable commit."""
+    """From when the training stood still to the durable commit."""
     blocked_seconds: float
     """How much of them the training stood still."""
 
@@ -96,14 +96,15 @@ class Saver:
         before: Callable[[], object] = lambda: None,
         after: Callable[[Store], object] = lambda store: None,
         note: dict[str, Any] | None = None,
+        since: float | None = None,
     ) -> None:
         """Begin to make a state durable; `finished` tells when it is.
 
         Returns once everything may change again but the parts that are `still` and the tensors, by name, that are `fixed`. `carried` is asked with the newest
         commit for parts to list again (see `Store.commit`), `before` runs ahead of the commit and `after` behind it. `note` comes back with the
-        result. Raises SpaceError before anything is copied where the disk has no room for what changes.
+        result. `since`: when, by `time.perf_counter`, the caller began to stand still for it; null: now. Raises SpaceError before anything is copied where the disk has no room for what changes.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() if since is None else since
         self.drain()
         moving = {
             part: {name: t for name, t in tensors.items() if name not in fixed}

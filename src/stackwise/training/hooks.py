@@ -36,8 +36,9 @@ class Keeper(Protocol):
     def begin(self, engine: Engine) -> None:
         """A stage is set up: what rests in it must not change from now on."""
 
-    def save(self, engine: Engine, pin: str | None) -> None:
-        """Begin to save; the state may change as soon as this returns. `pin`: a name under which pruning keeps it."""
+    def save(self, engine: Engine, pin: str | None, since: float) -> None:
+        """Begin to save; the state may change as soon as this returns. `pin`: a name under which pruning keeps it. `since`: when,
+        by `time.perf_counter`, the training stopped for it."""
 
     def events(self) -> list[Event]:
         """What to report of the saves that ended since the last call. Raises what made one fail."""

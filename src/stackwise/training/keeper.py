@@ -51,8 +51,8 @@ class RunKeeper:
         still = state.still_parts(engine)
         self.saver.watch({name: t for name, t in state.parts_of(engine).items() if name in still})
 
-    def save(self, engine: Engine, pin: str | None) -> None:
-        """Begin to make the state durable."""
+    def save(self, engine: Engine, pin: str | None, since: float) -> None:
+        """Begin to make the state durable; the training stands still since `since` (`time.perf_counter`)."""
         spec, keeps = engine.rack.spec, self.settings.full_precision_backup
 
         def carried(latest: Commit | None) -> dict[str, tuple[Commit, str]]:
@@ -69,6 +69,7 @@ class RunKeeper:
             before=self.before,
             after=lambda store: store.prune(self.retention),
             note={"stage": engine.progress.stage},
+            since=since,
         )
 
     def scored(self, step: int, loss: float) -> None:

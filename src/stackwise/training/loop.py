@@ -298,10 +298,11 @@ class Engine(Stepping):
 
     def _save(self, pin: str | None) -> None:
         if self.hooks.keeper is not None:
+            since = time.perf_counter()
             self.doing = "the save"
             self.refuse_what_is_not_finite()
             self._count_stored()
-            self.hooks.keeper.save(self, pin)
+            self.hooks.keeper.save(self, pin, since)
             self._saved_step = self.progress.step
             self.report_saves()
             self._logged_at = (time.perf_counter(), self.progress.tokens)
