@@ -71,6 +71,18 @@ def _peers(asked: argparse.Namespace) -> dict[str, Any]:
     return peers.run(asked.peers, asked.seed, seconds=asked.seconds)
 
 
+def _mutants(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import mutants
+
+    return mutants.run(asked.stops, asked.seed, seconds=asked.seconds, only=asked.work)
+
+
+def _cost(asked: argparse.Namespace) -> dict[str, Any]:
+    from reliability import cost
+
+    return cost.run(asked.megabytes, asked.seed, disk=asked.disk)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of fault. `count`: the option that says how many, with its value here and in the long run."""
@@ -87,6 +99,8 @@ KINDS = {
     "points": Kind(_points, "kill -9 at every named crash point", "passages", 1, 12),
     "power": Kind(_power, "power loss at every moment, modelled", "states", 2_000, 50_000),
     "peers": Kind(_peers, "the same on other ways of saving", "peers", 10, 200),
+    "mutants": Kind(_mutants, "resumes that forget one thing", "stops", 1, 2),
+    "cost": Kind(_cost, "what saving costs", "megabytes", 1, 512),
     "fuzz": Kind(_fuzz, "files of every kind, changed by chance", "inputs", 10_000, 1_000_000),
     "flips": Kind(_flips, "bits flipped, files cut, in every kind of file", "flips", 300, 10_000),
     "errors": Kind(_errors, "full, failing and forbidden disks", "calls", 1, 12),
@@ -126,11 +140,15 @@ def record_of(name: str, asked: argparse.Namespace, arguments: list[str]) -> dic
     """One kind of fault run, with what is needed to run it again."""
     spent = Spent()
     result = KINDS[name].run(asked)
+    # without the folders of this machine
+    places = {str(place) for place in (asked.out, asked.disk) if place is not None}
+    words = [word for word in arguments if word not in {"--out", "--disk"} | places]
+    facts = {key: value for key, value in environment().items() if key != "command"}
     return {
         "kind": name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python benchmarks/faults.py", *arguments]),
-        "environment": environment(),
+        "command": " ".join(["python benchmarks/faults.py", *words]),
+        "environment": facts,
         **spent.since(),
         **result,
     }

@@ -115,9 +115,20 @@ def _escape(text: str) -> str:
     return "`".join(p if i % 2 else p.replace("<", "&lt;") for i, p in enumerate(parts))
 
 
+def faults() -> str:
+    """What the long run of benchmarks/faults.py came to, from its records."""
+    sys.path.insert(0, str(DOCS.parent / "benchmarks"))
+    try:
+        from reliability.page import tables
+    finally:
+        sys.path.pop(0)
+    return tables()
+
+
 PARTS: list[tuple[str, str, Callable[[], str]]] = [
     ("configuration.md", "keys", keys),
     ("api.md", "names", names),
+    ("reliability.md", "faults", faults),
 ]
 """Page, name of the generated part, and what writes it."""
 

@@ -9,6 +9,7 @@ StackWise's own.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import tempfile
@@ -64,7 +65,7 @@ def run(
         whole = sum(kind.share for kind in chosen)
         counts = [Count(kind, sum(path.stat().st_size for path in kind.files)) for kind in chosen]
         for count in counts:
-            wanted = max(1, round(flips * count.kind.share / whole))
+            wanted = math.ceil(flips * count.kind.share / whole)
             for damage in _damages(count, wanted, seed, first):
                 _try(count, damage, seed)
                 if spent.since()["seconds"] > seconds or len(count.failures) == 5:
