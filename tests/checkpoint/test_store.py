@@ -127,6 +127,17 @@ def test_equal_histories_give_equal_bytes(tmp_path, make_state):
     assert [c.sha256 for c in stores[0].commits()] == [c.sha256 for c in stores[1].commits()]
 
 
+def test_hashing_beside_writing_changes_no_byte_and_passes_errors_on(tmp_path, make_state, monkeypatch):
+    plain = Store(tmp_path / "plain").commit(make_state(1), {}, step=1)
+    monkeypatch.setattr("stackwise.checkpoint.store._WORTH_A_THREAD", 0)
+    store = Store(tmp_path / "threaded")
+    assert store.commit(make_state(1), {}, step=1).id == plain.id
+    assert store.commit({}, {}, step=2).parts == {}
+    with pytest.raises(CheckpointError, match="frozen"):
+        store.commit(make_state(3), {}, step=3, frozen={"embedding/weights": "0" * 64})
+    assert store.latest().step == 2
+
+
 def test_tied_tensors_must_be_given_once(store):
     weight = torch.ones(3)
     with pytest.raises(ValueError, match="embedding: w and head: w are the same memory"):

@@ -18,10 +18,12 @@ Nothing here pickles, and no tensor leaves the store before its file's hash was 
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +38,8 @@ from stackwise.storage import ops
 from stackwise.storage.header import check_name
 from stackwise.storage.tensors import Encoded, check_tensors, decode, encode, same_bits
 
-_T = TypeVar("_T")
+_WORTH_A_THREAD = 8 * 2**20
+"""Bytes of a commit from which hashing beside writing pays."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,7 @@ class Store(Reader):
                 for name, (commit, part) in carried.items():
                     self.checked(commit, commit.parts[part], self.objects.check_size)
                     entries[name] = dataclasses.replace(commit.parts[part], name=name)
-                for name in sorted(parts):
-                    encoded = encode(parts[name])
+                for name, encoded in _encoded(parts):
                     if frozen and frozen.get(name, encoded.sha256) != encoded.sha256:
                         raise self._thawed(name, encoded, parent)
                     state = self.objects.put(encoded, fresh)
@@ -265,3 +267,18 @@ def _about(part: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"part {part!r}: {error}") from error
+
+
+def _encoded(parts: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Encoded]]:
+    """Names in order with the parts' bytes; the next part is hashed by a thread while the caller writes this one."""
+    if len(parts) < 2 or sum(t.nbytes for held in parts.values() for t in held.values()) < _WORTH_A_THREAD:
+        yield from ((name, encode(parts[name])) for name in sorted(parts))
+        return
+    with ThreadPoolExecutor(1, "stackwise-hash") as thread:
+        names = sorted(parts)
+        ahead = thread.submit(encode, parts[names[0]])
+        for name, following in itertools.zip_longest(names, names[1:]):
+            encoded = ahead.result()
+            if following is not None:
+                ahead = thread.submit(encode, parts[following])
+            yield name, encoded
