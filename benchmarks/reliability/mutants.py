@@ -51,7 +51,7 @@ class Mutant:
     world: Patches = contextlib.nullcontext
     around: Patches = contextlib.nullcontext
     keys: dict[str, Any] = field(default_factory=dict)
-    stops: tuple[int, ...] = (4, 8)
+    stops: tuple[int, ...] = (6, 3)
     instead: str = ""
 
 
@@ -102,7 +102,8 @@ class Trials:
     def both(self, mutant: Mutant, stop: int) -> tuple[str, str]:
         """What a run that was stopped differs in from an undisturbed one: taken up as it is, and by the mutant."""
         case = BY_NAME[mutant.case]
-        case = dataclasses.replace(case, keys={**case.keys, **mutant.keys})
+        small = {} if mutant.case == "end to end" else SMALL
+        case = dataclasses.replace(case, keys={**case.keys, **small, **mutant.keys})
         key = json.dumps([case.name, dict(case.keys)])
         with mutant.around():
             plain = self._once(f"{key}/{stop}", lambda: self._trial(case, stop, key))
@@ -232,6 +233,7 @@ def _without_parked(original: Any) -> Any:
     return restore
 
 
+SMALL = {"model.architecture.n_stacks": 2, "training.max_steps": 4}
 CACHED = {P + "cache_activations": True, P + "cache_dtype": "bfloat16", "model.dropout": 0.0}
 HALF = {P + "new_stack_precision": "half", "checkpoint.full_precision_backup": False}
 ROWS = {
@@ -307,7 +309,7 @@ MUTANTS = (
         "append",
         _progress(stores=False),
         keys=CACHED,
-        stops=(8, 9),
+        stops=(6, 7),
         instead="there is none; the decision to keep the outputs of the trunk is lost",
     ),
     Mutant(
@@ -321,7 +323,7 @@ MUTANTS = (
         "full-precision weights",
         "adapters over nf4",
         _replaced(state, "full_precision_parts", lambda _: lambda spec, parent: {}),
-        stops=(8, 14),
+        stops=(6, 7),
     ),
     Mutant(
         "bias of routers",

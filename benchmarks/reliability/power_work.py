@@ -62,11 +62,13 @@ def commits(root: Path, draw: random.Random, mark: Mark) -> Check:
         contents[commit.id] = {part: hashes(tensors) for part, tensors in parts.items()}
         mark(f"commit {commit.id}")
         if draw.random() < 0.6:
-            keep = {one.id for one in store.commits()}
             # from here on what goes is no longer promised, though it may still be there
-            for identity in sorted(keep - _kept(store, keep_last=2)):
+            for identity in store.prune(Retention(2), dry_run=True).commits:
                 mark(f"gone {identity}")
             store.prune(Retention(2))
+        if draw.random() < 0.4:
+            store.pin(f"mine-{step}", commit)
+            mark(f"pin mine-{step} {commit.id}")
 
     def check(folder: Path, promised: Sequence[str], go_on: bool = False) -> None:
         store = Store(folder / "store")
@@ -74,16 +76,12 @@ def commits(root: Path, draw: random.Random, mark: Mark) -> Check:
         if go_on:
             written = store.commit(parts, {"step": 99}, step=99)
             store.prune(Retention(1))
+            pinned = {name.split()[2] for name in promised if name.startswith("pin ")}
+            assert pinned <= {one.id for one in store.commits()}, "a prune has removed what was pinned"
             assert [one.id for one in store.commits()][-1] == written.id
             _check_commits(Store(folder / "store"), [f"commit {written.id}"], {})
 
     return check
-
-
-def _kept(store: Store, keep_last: int) -> set[str]:
-    listed = store.commits()
-    pins = {one.pin: one.id for one in listed if one.pin is not None}
-    return {one.id for one in listed[-keep_last:]} | set(pins.values())
 
 
 def _check_commits(store: Store, promised: Sequence[str], contents: dict[str, Any]) -> None:
@@ -97,6 +95,10 @@ def _check_commits(store: Store, promised: Sequence[str], contents: dict[str, An
             f"commit {identity} was reported durable and is not there"
         )
     assert not due or (latest is not None and latest.number >= listed[due[-1]].number)
+    for name in promised:
+        if name.startswith("pin "):
+            _, pin, identity = name.split()
+            assert store.pins().get(pin) == identity, f"the pin {pin} was made and is not there"
     for identity, commit in listed.items():
         found = {part: hashes(store.load(commit, part)) for part in commit.parts}
         if identity in contents:

@@ -159,7 +159,7 @@ def _repair() -> Scene:
 
 def training(name: str, says: str, data: Path, changes: dict[str, Any], case: str = "append") -> Scene:
     """A whole run of a case, with its tokens below `data`."""
-    more = {"training.max_steps": 2, **changes}
+    more = {"training.max_steps": 2, "model.architecture.n_stacks": 2, **changes}
 
     def do(folder: Path) -> None:
         train(config_of(BY_NAME[case], folder, data, **more), sinks=[], report=False)
