@@ -67,13 +67,14 @@ def merge(runs: list[str | Path], out: str | Path) -> Merged:
     listed, entries = [stages[i] for i in order], [history[i] for i in order]
     progress = _progress(opened, listed, entries)
     joint = joint_stages(config, listed) if tunes_jointly(config) else []
-    size = _write_metrics(folder, base, config, [*listed, *joint], progress)
+    written = _write_metrics(folder, base, config, [*listed, *joint], progress)
     meta = {
         **base.meta,
+        "config": course_of(config),
         "rack": spec.to_dict(),
         "stages": [stage.to_dict() for stage in [*listed, *joint]],
         "progress": progress.to_dict(),
-        "metrics_bytes": size,
+        **written,
     }
     Store(folder.store).commit(parts, meta, step=progress.step, pin="merged")
     return Merged(folder, {p: positions[p].folder.path for p in sorted(positions)}, bool(joint))
@@ -208,8 +209,8 @@ def _progress(runs: list[OpenRun], stages: list[Stage], history: list[dict[str, 
 
 def _write_metrics(
     folder: RunFolder, base: OpenRun, config: StackWiseConfig, stages: list[Stage], progress: Progress
-) -> int:
-    """The events of a run that has these stages behind it; returns their bytes."""
+) -> dict[str, Any]:
+    """The events of a run that has these stages behind it; returns what a commit notes of them."""
     start = next(e for e in read_metrics(base.folder.metrics).events if e["event"] == "run_start")
     sizes = {name: start["stages"][0][name] for name in ("params", "trainable_params")}
     rows = [
@@ -231,4 +232,4 @@ def _write_metrics(
         for entry in progress.history:
             facts = {key: value for key, value in entry.items() if key not in ("steps", "trains")}
             tracker.emit({"event": "stage_end", **facts})
-        return metrics.size()
+        return metrics.fingerprint()
