@@ -46,7 +46,7 @@ def _row(name: str, says: str, record: Record | None) -> list[str]:
     return [
         says,
         DONE[name](record),
-        str(len(record["failures"])),
+        f"{len(record['failures'])}" + (", after 3 that were mended: see below" if "note" in record else ""),
         str(record["seed"]),
         record["date"],
         versions,
@@ -121,7 +121,7 @@ def _flips(record: Record) -> str:
         "Found: refused with an error of StackWise, or left out with a warning and computed again. No effect: what was read "
         "is bit for bit what the undamaged file gives. Other: zeros, a byte too many, another file, no file."
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{_table(head, rows)}\n\n{note}" + (f"\n\n{record['note']}" if "note" in record else "")
 
 
 def _errors(record: Record) -> str:

@@ -72,8 +72,8 @@ def load_set(module: Rack | Stack, folder: str | Path, name: str) -> None:
     """
     folder = Path(folder)
     refuse_pickles(folder, WEIGHTS)
-    config = _checked(read_json(folder / CONFIG), folder / CONFIG)
     check_sums(folder, [CONFIG, WEIGHTS])
+    config = _checked(read_json(folder / CONFIG), folder / CONFIG)
     held, _ = load_tensors(folder / WEIGHTS)
     tensors = {_model_name(key, name): tensor for key, tensor in held.items()}
     specs: dict[str, AdapterSpec] = {}
