@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,8 +15,6 @@ from stackwise.config.errors import ConfigError
 from stackwise.config.objective_rules import corruption_of, label_of, masks
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from stackwise.config.root import StackWiseConfig
     from stackwise.data.corpus import Corpus
     from stackwise.training.stored import OpenRun
@@ -40,14 +39,45 @@ def evaluate(
             help="mlm: windows for pseudo-perplexity, each as many forward passes as it has tokens.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE,...",
+            help="Score the run on tasks instead: local files, or names of lm-eval's tasks.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Tasks: only the first N rows of each.")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", metavar="K", min=0, help="Tasks: K solved examples before every prompt."),
+    ] = None,
+    mc_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--mc-samples",
+            metavar="N",
+            min=1,
+            help="Tasks, diffusion: draws of masks per text; 16 by default.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Tasks: keep the figures in a JSON file in this folder."),
+    ] = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Measure a run on its whole held-out text: loss, perplexity, and bits per byte.
+    """Measure a run: loss, perplexity and bits per byte on its held-out text, or scores on tasks.
 
     A causal model has an exact likelihood, a diffusion model an upper bound of it, in parts by the share of masked
     tokens. An mlm model has masked loss and accuracy, and pseudo-perplexity, which is no likelihood. All but the causal
     ones are held against guesses without context.
+
+    --tasks takes files of minimal pairs, multiple choice or generation, one JSON object per line, and with
+    `pip install 'stackwise[eval]'` names of lm-eval's tasks. docs/evaluation.md shows the files.
 
     Computed in float32 over non-overlapping windows of `training.seq_len`. Bits per byte does not depend on the
     tokenizer, so it compares runs with different ones.
@@ -57,8 +87,30 @@ def evaluate(
       stackwise eval runs/demo
       stackwise eval demo --batch-size 64 --json
       stackwise eval runs/diffusion --by-time
+      stackwise eval demo --tasks pairs.jsonl,quiz.jsonl --limit 200 --out results
     """
     path = find_run(run)
+    if tasks is not None:
+        _refuse("is not for --tasks", {"--by-time": by_time or None, "--pseudo-windows": pseudo_windows})
+        from stackwise.cli.evaluate_tasks import evaluate_tasks
+        from stackwise.training.stored import open_run
+
+        evaluate_tasks(
+            path,
+            open_run(path),
+            tasks,
+            limit=limit,
+            shots=shots,
+            mc_samples=mc_samples,
+            batch_size=_checked_rows(batch_size),
+            out=out,
+            as_json=as_json,
+        )
+        return
+    _refuse(
+        "goes with --tasks",
+        {"--limit": limit, "--shots": shots, "--mc-samples": mc_samples, "--out": out},
+    )
     from stackwise.data.errors import DataError
     from stackwise.data.prepare import prepare
     from stackwise.training.stored import open_run
@@ -89,6 +141,19 @@ def evaluate(
         evaluate_masked(path, opened, corpus, by_time=by_time, pseudo_windows=pseudo_windows, as_json=as_json)
         return
     _exact(path, opened, corpus, as_json)
+
+
+def _refuse(reason: str, options: dict[str, object]) -> None:
+    """UsageError for options that were given and mean nothing here."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} {reason}")
+
+
+def _checked_rows(batch_size: int | None) -> int | None:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    return batch_size
 
 
 def _check_options(config: StackWiseConfig, by_time: bool, pseudo_windows: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,15 @@ class BlockCache:
         seen = torch.cat((self._last[name], x_BTD), dim=1) if name in self._last else x_BTD
         self._last[name] = seen[:, -keep:]
         return seen
+
+    def repeated(self, rows: int) -> BlockCache:
+        """The same of every row, `rows` times, in memory of its own. All tensors have the rows first."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(twin, name, value.repeat_interleave(rows, 0))
+        twin._last = {name: value.repeat_interleave(rows, 0) for name, value in self._last.items()}
+        return twin
 
     def kept(self, name: str) -> Tensor | None:
         """The inputs kept under `name`, [B, at most `keep`, D]; null when there are none."""
@@ -146,3 +157,7 @@ class RackCache:
     def length(self) -> int:
         """Tokens held."""
         return max((block.length for block in self.blocks), default=0)
+
+    def repeated(self, rows: int) -> RackCache:
+        """The same for each row `rows` times: what several texts begin with is read once."""
+        return RackCache([block.repeated(rows) for block in self.blocks], self.capacity)

@@ -1,0 +1,174 @@
+"""`stackwise eval RUN --tasks ...`: zero-shot and few-shot scores."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackwise import __version__
+from stackwise.cli.errors import UsageError
+from stackwise.cli.output import note, print_json, print_table
+from stackwise.evaluation.likelihood import scorer_of
+from stackwise.evaluation.tasks import limited, names_of, read_task, with_shots
+from stackwise.evaluation.zero_shot import Metric, TaskResult, Write, run_task
+from stackwise.inference.masked_text import infill
+from stackwise.inference.settings import GenerationSettings
+from stackwise.inference.text import complete
+from stackwise.model.modes import eval_mode
+from stackwise.objectives.denoiser import denoiser_of
+from stackwise.storage import ops
+from stackwise.training.device import pick_device
+from stackwise.training.stored import OpenRun
+
+
+def evaluate_tasks(
+    path: Path,
+    opened: OpenRun,
+    listed: str,
+    *,
+    limit: int | None,
+    shots: int | None,
+    mc_samples: int | None,
+    batch_size: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Score a run on tasks, print the figures, and with `out` keep them in a file there."""
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    if not words:
+        raise UsageError(
+            "--tasks names no task; give it files, or names of lm-eval's tasks, with commas between"
+        )
+    files = [word for word in words if Path(word).is_file()]
+    names = [word for word in words if word not in files]
+    for name in names:
+        if "/" in name or name.endswith((".jsonl", ".json")):
+            raise UsageError(f"there is no task file {name}; check the spelling")
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            f"{', '.join(names)}: no such file, and tasks by name are those of lm-eval, which is not installed: "
+            "pip install 'stackwise[eval]', or name a local task file"
+        )
+    rack = opened.rack.to(pick_device("auto"))
+    scorer = scorer_of(
+        rack, opened.config, opened.tokenizer, batch_size=batch_size, mc_samples=mc_samples or 16
+    )
+    if mc_samples is not None and scorer.label != "bound":
+        raise UsageError(
+            f"--mc-samples is for runs whose loss is a bound, and that of this run is {scorer.label}"
+        )
+    tasks = [limited(with_shots(read_task(file), shots or 0), limit) for file in files]
+    names_of(tasks)
+    write = writer_of(opened)
+    results = [run_task(task, scorer, opened.tokenizer, write) for task in tasks]
+    found: dict[str, Any] = {
+        "run": str(path),
+        "commit": opened.commit.id,
+        "step": opened.commit.step,
+        "tokenizer": opened.tokenizer.hash,
+        "protocol": {
+            "likelihood": scorer.label,
+            "start_token": scorer.start,
+            "mc_samples": (mc_samples or 16) if scorer.label == "bound" else None,
+            "limit": limit,
+            "dtype": "float32",
+            "generation": "greedy",
+        },
+        "tasks": {result.task: result.to_dict() for result in results},
+        "versions": {
+            "stackwise": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    if names:
+        from stackwise.evaluation.harness import VERSION, NativeModel, run_named
+
+        model = NativeModel(scorer, opened.tokenizer, write, rack.spec.max_seq_len)
+        found["lm_eval"] = run_named(model, names, shots=shots, limit=limit)
+        found["versions"]["lm_eval"] = VERSION
+    if out is not None:
+        note(f"the figures are in {_keep(out, path, found)}")
+    if as_json:
+        print_json(found)
+        return
+    _print(path, opened, scorer.label, results, found.get("lm_eval", {}))
+
+
+def writer_of(opened: OpenRun) -> Write:
+    """Greedy continuation by the model of a run, token by token or by filling masked positions."""
+    rack, tokenizer = opened.rack, opened.tokenizer
+
+    def write(prompt: str, until: Sequence[str], max_new_tokens: int) -> str:
+        settings = opened.config.generation.model_copy(deep=True)
+        settings.max_new_tokens, settings.stop = max_new_tokens, list(until)
+        if rack.is_causal:
+            greedy = GenerationSettings(temperature=0.0, max_new_tokens=max_new_tokens, stop=list(until))
+            return complete(rack, tokenizer, prompt, greedy).text
+        settings.temperature, settings.top_k, settings.top_p = 0.0, 0, 1.0
+        denoiser = denoiser_of(rack, opened.config, tokenizer.special_ids)
+        with eval_mode(rack):
+            done = infill(
+                denoiser, tokenizer, prompt, settings, max_length=rack.spec.max_seq_len, device=rack.device
+            )
+        return "".join(piece.text for piece in done.pieces if piece.kind == "filled")
+
+    return write
+
+
+def _keep(folder: Path, run: Path, found: dict[str, Any]) -> Path:
+    """The file that now holds the figures; its name tells the commit and what was asked of it."""
+    asked = json.dumps(
+        [
+            found["protocol"],
+            sorted((name, task["task_hash"]) for name, task in found["tasks"].items()),
+            sorted((name, task["shots"]) for name, task in found.get("lm_eval", {}).items()),
+        ]
+    )
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    ops.make_dir(folder)
+    path = folder / f"{run.name}-{found['commit'][:12]}-{digest}.json"
+    ops.replace_text(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def _print(path: Path, opened: OpenRun, label: str, results: list[TaskResult], named: dict[str, Any]) -> None:
+    def shown(metric: Metric) -> str:
+        error = "" if metric.standard_error is None else f" ± {metric.standard_error:.4f}"
+        return f"{metric.value:.4f}{error}"
+
+    rows = [
+        (
+            result.task,
+            f"{result.n:,}",
+            f"{result.shots}",
+            name,
+            shown(metric),
+            "–" if result.chance is None or name not in ("acc", "acc_norm") else f"{result.chance:.4f}",
+        )
+        for result in results
+        for name, metric in result.metrics.items()
+    ]
+    rows += [
+        (task, f"{facts['n'] or '–'}", f"{facts['shots'] or 0}", name, f"{value:.4f}", "–")
+        for task, facts in named.items()
+        for name, value in facts["metrics"].items()
+    ]
+    print_table(
+        f"{path}, step {opened.commit.step:,}",
+        ["task", "rows", "shots", "text:metric", "value", "chance"],
+        rows,
+        caption=f"likelihoods: {label}",
+    )
+    for result in results:
+        if result.cut:
+            note(
+                f"{result.task}: {result.cut} of {result.n} prompts lost their beginning, to fit into max_seq_len"
+            )
