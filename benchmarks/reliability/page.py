@@ -46,7 +46,8 @@ def _row(name: str, says: str, record: Record | None) -> list[str]:
     return [
         says,
         DONE[name](record),
-        f"{len(record['failures'])}" + (", after 3 that were mended: see below" if "note" in record else ""),
+        f"{len(record['failures'])}"
+        + (f", after {record['mended']} that were mended: see below" if "mended" in record else ""),
         str(record["seed"]),
         record["date"],
         versions,
