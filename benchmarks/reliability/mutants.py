@@ -76,7 +76,7 @@ def run(stops: int, seed: int, *, seconds: float = float("inf"), only: str | Non
                         f"{mutant.lost}, stopped at {stop}: not exact without a mutant: {plain}; again: {again}"
                     )
                 row["noticed"] += bool(mutated)
-                row["by"] = row["by"] or mutated
+                row["by"] = row["by"] or mutated.replace(f"{place}/", "")
             if not row["noticed"]:
                 failures.append(f"{mutant.lost}: a resume that loses it goes unnoticed; again: {again}")
             rows.append(row)
