@@ -205,7 +205,7 @@ def test_a_stack_loads_by_name_into_the_modules_of_its_format(name: str, tmp_pat
     rack, other, inputs = make(), make(), ids()
     freeze_stack(rack.stacks[0], name)
     path = save_tensors(tmp_path / "stack.safetensors", rack.stacks[0].state_dict(), {"kind": "stack"})
-    tensors, _ = load_tensors(path, kind="stack")
+    tensors, _ = load_tensors(path)
     shape_stack(other.stacks[0], name)
     other.load_state_dict({**rack.state_dict(), **{f"stacks.s0.{key}": t for key, t in tensors.items()}})
     assert torch.equal(rack(inputs), other(inputs))

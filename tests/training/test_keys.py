@@ -131,9 +131,13 @@ def runs(tiny, tmp_path):
 
 
 def comparable(events: list[dict]) -> list[dict]:
-    """Events without times, names of the run, and notes (which repeat the config)."""
-    skip = {"time", "seconds", "tokens_per_s", "rss_bytes", "peak_rss_bytes", "run_id", "commit"}
-    kept = [e for e in events if e["event"] != "note"]
+    """Events without times, names of the run, and notes (which repeat the config).
+
+    When a save that goes on beside the training is reported depends on the disk, so these come last.
+    """
+    skip = {"time", "seconds", "blocked_seconds", "tokens_per_s", "rss_bytes", "peak_rss_bytes", "run_id"}
+    skip.add("commit")
+    kept = sorted((e for e in events if e["event"] != "note"), key=lambda e: e["event"] == "checkpoint")
     return [{k: v for k, v in e.items() if k not in skip} for e in kept]
 
 
