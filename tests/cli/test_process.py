@@ -49,7 +49,7 @@ run("runs", "ls", ".", imports={{"rich"}})
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_saves_and_the_printed_command_continues(signum, folder, cli):
-    words = ["train", "tiny.yaml", "training.max_steps=100", "training.progressive.joint_tuning=false"]
+    words = ["train", "tiny.yaml", "training.max_steps=300", "training.progressive.joint_tuning=false"]
     process = start(*words)
     metrics = folder / "runs/tiny/metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -68,13 +68,13 @@ def test_a_signal_saves_and_the_printed_command_continues(signum, folder, cli):
     store = Store(folder / "runs/tiny/store")
     commit = store.latest()
     assert commit is not None
-    assert 0 < commit.step < 200
+    assert 0 < commit.step < 600
     store.verify(commit)
 
     resumed = cli(*shlex.split(again)[1:], "--quiet")
     assert resumed.code == 0, resumed.err
     events = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 201))
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, 601))
     assert events[-1]["status"] == "done"
 
 
