@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,9 @@ class Kit:
     SAMPLES, TOKENS, WIDTH = 12, 8, 16
     ENTRY = TOKENS * WIDTH * 4
     IDENTITY = dict.fromkeys(("tokenizer", "data", "rows", "corruption", "compute"), "x")
+
+    def __init__(self, child: Callable[..., int]) -> None:
+        self.child = child
 
     def rack(self, stacks: int = 3, blocks: int = 2, tied: bool = False, **options: Any) -> Rack:
         """A rack of which the last stack, the tail, the norm and the head train."""
@@ -91,26 +91,10 @@ class Kit:
         data[at] ^= 1
         path.write_bytes(bytes(data))
 
-    def child(self, action: Callable[[], object]) -> int:
-        """Run `action` in a forked process; its exit code, negative for a signal, 1 for an exception."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: torch may have threads
-            pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                action()
-                code = 0
-            except BaseException:  # noqa: BLE001 nothing may unwind into the parent's pytest
-                traceback.print_exc(file=sys.stderr)
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 
 @pytest.fixture
-def kit() -> Kit:
-    return Kit()
+def kit(child: Callable[..., int]) -> Kit:
+    return Kit(child)
 
 
 @pytest.fixture(autouse=True)
