@@ -1,4 +1,4 @@
-"""Writes the parts of docs/ that follow from the code: the table of keys and the reference of public names.
+"""Writes the parts of docs/ that follow from the code: the table of keys, the public names, the commands.
 
     python docs/generate.py            write them again (`make docs`)
     python docs/generate.py --check    exit code 1 if one of them is out of date
@@ -115,6 +115,65 @@ def _escape(text: str) -> str:
     return "`".join(p if i % 2 else p.replace("<", "&lt;") for i, p in enumerate(parts))
 
 
+def commands() -> str:
+    """Every verb and sub-verb as its `--help` has it: usage, text, examples, arguments and options."""
+    import typer
+
+    from stackwise.cli.main import HELP_NAMES, app
+
+    found: list[tuple[str, Any]] = []
+
+    def walk(name: str, command: Any) -> None:
+        found.append((name, command))
+        for child, below in getattr(command, "commands", {}).items():
+            walk(f"{name} {child}", below)
+
+    walk("stackwise", typer.main.get_command(app))
+    verbs = found[1:]
+    listed = ["| command | does |", "|---|---|"]
+    for name, command in verbs:
+        text = _first_sentence(command.short_help or command.help)
+        listed.append(f"| [`{name}`](#{name.replace(' ', '-')}) | {text} |")
+    return "\n\n".join(["\n".join(listed), *(_command(name, command, HELP_NAMES) for name, command in found)])
+
+
+def _command(name: str, command: Any, settings: dict[str, Any]) -> str:
+    context = command.context_class(command, info_name=name, **settings)
+    pieces = " ".join([name, *command.collect_usage_pieces(context)])
+    usage = re.sub(r"\{(.+?)(?:\.\.\.)?\}|\[(\[\w+\])\]", r"\1\2", pieces)
+    parts = [f"{'###' if name.count(' ') > 1 else '##'} {name}", f"`{usage}`"]
+    for paragraph in (command.help or "").split("\n\n"):
+        parts += _as_typed(paragraph[2:]) if paragraph.startswith("\b\n") else [_text(paragraph).strip()]
+    rows = [record for param in command.params if (record := param.get_help_record(context))]
+    if rows:
+        cells = [
+            f"| `{_cell(_bare(head))}` | {_cell(_escape(' '.join(text.split())))} |" for head, text in rows
+        ]
+        parts.append("\n".join(["| argument or option | meaning |", "|---|---|", *cells]))
+    return "\n\n".join(parts)
+
+
+def _as_typed(paragraph: str) -> list[str]:
+    """A paragraph whose lines stay as they are, below its first line where that is a title."""
+    title, _, body = (
+        paragraph.partition("\n") if paragraph.partition("\n")[0].endswith(":") else ("", "", paragraph)
+    )
+    return [*filter(None, [title]), f"```text\n{inspect.cleandoc(body)}\n```"]
+
+
+def _bare(head: str) -> str:
+    """Without the Python type that typer puts behind the name of an argument."""
+    return re.sub(r" <(?:list\[)?\w+\]?>$", "", head)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").partition("\n\n")[0].split())
+
+
 def faults() -> str:
     """What the long run of benchmarks/faults.py came to, from its records."""
     sys.path.insert(0, str(DOCS.parent / "benchmarks"))
@@ -128,6 +187,7 @@ def faults() -> str:
 PARTS: list[tuple[str, str, Callable[[], str]]] = [
     ("configuration.md", "keys", keys),
     ("api.md", "names", names),
+    ("commands.md", "commands", commands),
     ("reliability.md", "faults", faults),
 ]
 """Page, name of the generated part, and what writes it."""
