@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from stackwise.tracking import report
+from stackwise.tracking import run_sections
 from stackwise.tracking.folder import RunFolder, RunFolderError
 from stackwise.tracking.report import build_report
 
@@ -177,7 +177,7 @@ def test_a_resumed_run_counts_the_last_word(tmp_path, make_run, run_events):
 
 def test_without_matplotlib_the_page_says_how_to_get_the_plots(tmp_path, make_run, run_events, monkeypatch):
     folder = make_run(tmp_path / "a", run_events(n_stacks=1))
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_sections, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r'pip install "stackwise\[train\]"'):
         html = build_report(folder.path).read_text("utf-8")
     assert "pip install &quot;stackwise[train]&quot;" in html
