@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stackwise import __version__
 from stackwise.cli.errors import UsageError
 from stackwise.cli.output import note, print_json, print_table
 from stackwise.evaluation.likelihood import scorer_of
+from stackwise.evaluation.record import keep, record_of
 from stackwise.evaluation.tasks import limited, names_of, read_task, with_shots
 from stackwise.evaluation.zero_shot import Metric, TaskResult, Write, run_task
 from stackwise.inference.masked_text import infill
@@ -23,7 +18,6 @@ from stackwise.inference.settings import GenerationSettings
 from stackwise.inference.text import complete
 from stackwise.model.modes import eval_mode
 from stackwise.objectives.denoiser import denoiser_of
-from stackwise.storage import ops
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
 
@@ -68,26 +62,17 @@ def evaluate_tasks(
     names_of(tasks)
     write = writer_of(opened)
     results = [run_task(task, scorer, opened.tokenizer, write) for task in tasks]
-    found: dict[str, Any] = {
-        "run": str(path),
-        "commit": opened.commit.id,
-        "step": opened.commit.step,
-        "tokenizer": opened.tokenizer.hash,
-        "protocol": {
-            "likelihood": scorer.label,
-            "start_token": scorer.start,
-            "mc_samples": (mc_samples or 16) if scorer.label == "bound" else None,
-            "limit": limit,
-            "dtype": "float32",
-            "generation": "greedy",
-        },
-        "tasks": {result.task: result.to_dict() for result in results},
-        "versions": {
-            "stackwise": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+    protocol = {
+        "kind": "tasks",
+        "likelihood": scorer.label,
+        "start_token": scorer.start,
+        "mc_samples": (mc_samples or 16) if scorer.label == "bound" else None,
+        "limit": limit,
+        "dtype": "float32",
+        "generation": "greedy",
     }
+    found = record_of(path, opened, protocol)
+    found["tasks"] = {result.task: result.to_dict() for result in results}
     if names:
         from stackwise.evaluation.harness import VERSION, NativeModel, run_named
 
@@ -95,7 +80,11 @@ def evaluate_tasks(
         found["lm_eval"] = run_named(model, names, shots=shots, limit=limit)
         found["versions"]["lm_eval"] = VERSION
     if out is not None:
-        note(f"the figures are in {_keep(out, path, found)}")
+        asked = [
+            sorted((name, task["task_hash"]) for name, task in found["tasks"].items()),
+            sorted((name, task["shots"]) for name, task in found.get("lm_eval", {}).items()),
+        ]
+        note(f"the figures are in {keep(out, found, asked)}")
     if as_json:
         print_json(found)
         return
@@ -121,22 +110,6 @@ def writer_of(opened: OpenRun) -> Write:
         return "".join(piece.text for piece in done.pieces if piece.kind == "filled")
 
     return write
-
-
-def _keep(folder: Path, run: Path, found: dict[str, Any]) -> Path:
-    """The file that now holds the figures; its name tells the commit and what was asked of it."""
-    asked = json.dumps(
-        [
-            found["protocol"],
-            sorted((name, task["task_hash"]) for name, task in found["tasks"].items()),
-            sorted((name, task["shots"]) for name, task in found.get("lm_eval", {}).items()),
-        ]
-    )
-    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
-    ops.make_dir(folder)
-    path = folder / f"{run.name}-{found['commit'][:12]}-{digest}.json"
-    ops.replace_text(path, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    return path
 
 
 def _print(path: Path, opened: OpenRun, label: str, results: list[TaskResult], named: dict[str, Any]) -> None:

@@ -1,0 +1,48 @@
+"""A result that can be told from all others: which weights, tokenizer, data, protocol and versions it is of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stackwise.storage import ops
+from stackwise.tracking.environment import package_version
+from stackwise.training.stored import OpenRun
+
+
+def record_of(path: Path, opened: OpenRun, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What every result of a run begins with, JSON-able; its figures are added by whoever measures.
+
+    `commit` names the weights and `tokenizer` the spelling by their hashes; `protocol` says how the figures were computed.
+    """
+    return {
+        "run": str(path),
+        "commit": opened.commit.id,
+        "step": opened.commit.step,
+        "tokenizer": opened.tokenizer.hash,
+        "protocol": protocol,
+        "versions": {
+            "stackwise": package_version("stackwise"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def keep(folder: Path, record: dict[str, Any], asked: object = ()) -> Path:
+    """The file in `folder` that now holds a record; its name tells run, commit and what was asked.
+
+    The question is the protocol and `asked`, such as the hashes of tasks or of a text: the same question to the same
+    commit replaces its file, another one has a file of its own.
+    """
+    question = json.dumps([record["protocol"], asked], sort_keys=True)
+    digest = hashlib.sha256(question.encode()).hexdigest()[:8]
+    ops.make_dir(folder)
+    path = folder / f"{Path(record['run']).name}-{record['commit'][:12]}-{digest}.json"
+    ops.replace_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return path
