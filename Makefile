@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types imports tests format docs clean
+.PHONY: help demo test lint types imports tests format docs site clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed 's/:[^#]*## /	/' | expand -t 12
@@ -38,8 +38,12 @@ format: $(VENV)/.dev ## format the code and repair what ruff can repair
 docs: $(VENV)/.train ## write the generated parts of docs/ again
 	$(BIN)/python docs/generate.py
 
+site: $(VENV)/.docs ## build the pages as a site: site/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . site
+	@echo "open site/index.html"
+
 clean: ## remove .venv, caches and build files; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: made again when the packages or their versions change. torch comes first and by itself, so that
@@ -58,6 +62,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 
 $(VENV)/.train: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) install -e ".[train]" -c constraints.txt
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) install -e ".[train,docs]" -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
