@@ -93,7 +93,7 @@ def test_more_draws_of_masks_can_be_asked_of_a_bound_alone(cli, work):
     ("words", "message"),
     [
         (["--limit", "2"], "--limit goes with --tasks"),
-        (["--shots", "2", "--out", "x"], "--shots, --out goes with --tasks"),
+        (["--shots", "2", "--limit", "3"], "--limit, --shots goes with --tasks"),
         (["--tasks", "quiz.jsonl", "--by-time"], "--by-time is not for --tasks"),
         (["--tasks", ","], "names no task"),
         (["--tasks", "absent.jsonl"], "no task file absent.jsonl"),

@@ -122,3 +122,14 @@ def test_a_run_that_hides_tokens_begins_with_its_reference_lines(masked, run, no
     assert len(notes) == int(noted)
     if noted:
         assert notes[0].startswith("without context: uniform 3.367, unigram ")
+
+
+def test_any_text_can_be_measured(cli, masked):
+    (masked / "other.txt").write_text((masked / "text.txt").read_text()[5:205])
+    for run, key in (("diffused", "bound"), ("encoder", "pseudo_perplexity"), ("noisy", "held_out")):
+        facts = json.loads(cli("eval", run, "--text", "other.txt", "--json").out)
+        assert key in facts
+        assert facts["data"]["bytes"] == 200
+    assert "(counted in this text)" in cli("eval", "diffused", "--text", "other.txt").out
+    refused = cli("eval", "encoder", "--stride", "4")
+    assert (refused.code, "--stride is for causal runs" in refused.err) == (2, True)

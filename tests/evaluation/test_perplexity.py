@@ -127,6 +127,7 @@ def test_the_result_is_json_able(split: TokenSplit) -> None:
         "tokens",
         "windows",
         "seq_len",
+        "stride",
         "label",
     }
 
@@ -166,3 +167,44 @@ def test_nothing_to_validate_on_is_an_error() -> None:
 def test_bits_per_byte_by_hand() -> None:
     assert bits_per_byte(math.log(2), 100, 50) == pytest.approx(2.0)
     assert bits_per_byte(1.0, 100, 0) is None
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 16])
+def test_with_a_stride_every_token_is_scored_once_and_with_enough_before_it(
+    split: TokenSplit, stride: int
+) -> None:
+    rack, T = rack_of().double().eval(), 16
+    tokens = torch.tensor(split.tokens.astype(np.int64))
+    edges = set(split.doc_starts.tolist())
+    total, count = 0.0, 0
+    for target in range(1, N):
+        if target in edges:
+            continue
+        # the window that scores it: the first that holds it, where the last one ends with the text
+        step = max(0, -(-(target - T) // stride))
+        start = min(step * stride, N - 1 - T)
+        document = max(edge for edge in edges if edge < target)
+        with torch.no_grad():
+            logits = rack(tokens[None, max(start, document) : target])[0, -1]
+        total += float(F.cross_entropy(logits, tokens[target]))
+        count += 1
+    result = perplexity(rack, split, seq_len=T, stride=stride, batch_size=7)
+    assert (result.tokens, result.stride) == (count, stride)
+    assert result.nats_per_token == pytest.approx(total / count, rel=1e-10)
+    apart = perplexity(rack, split, seq_len=T, stride=stride, packing=False, doc_mask=False, batch_size=3)
+    assert apart.nats_per_token == pytest.approx(result.nats_per_token, rel=1e-10)
+
+
+def test_a_text_shorter_than_a_window_is_one_shorter_window() -> None:
+    rack, tokens = rack_of().double().eval(), torch.tensor([3, 1, 4, 1, 5])
+    result = perplexity(rack, TokenSplit.from_arrays(tokens), seq_len=16, stride=16)
+    with torch.no_grad():
+        wanted = F.cross_entropy(rack(tokens[None, :-1])[0], tokens[1:])
+    assert (result.tokens, result.windows) == (4, 1)
+    assert result.nats_per_token == pytest.approx(float(wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("stride", [0, 17])
+def test_a_stride_leaves_nothing_out(split: TokenSplit, stride: int) -> None:
+    with pytest.raises(ValueError, match="must be 1 to seq_len = 16"):
+        perplexity(rack_of(), split, seq_len=16, stride=stride)

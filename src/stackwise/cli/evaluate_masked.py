@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from stackwise.cli.output import print_json, print_table
+from stackwise.cli.output import print_table
 from stackwise.config.objective_rules import corruption_of, label_of, masks, time_of
 from stackwise.data.corpus import Corpus
 from stackwise.data.reference import Reference, reference_lines
@@ -21,43 +20,23 @@ from stackwise.training.stored import OpenRun
 from stackwise.training.validate import validate
 
 
-def evaluate_masked(
-    path: Path,
-    opened: OpenRun,
-    corpus: Corpus,
-    *,
-    by_time: bool,
-    pseudo_windows: int | None,
-    as_json: bool,
-) -> None:
-    """Measure a run on the held-out split of its corpus and print the figures."""
+def measure_masked(
+    opened: OpenRun, corpus: Corpus, *, by_time: bool, pseudo_windows: int | None
+) -> dict[str, Any]:
+    """The figures of a run on the held-out split of a corpus, by name."""
     config = opened.config
     rack = opened.rack.to(pick_device("auto"))
     objective = objective_of(config, corpus.tokenizer.special_ids)
-    found: dict[str, Any] = {}
     if not isinstance(objective, Masked) or corruption_of(config) == "gaussian":
         passes = config.evaluation.passes if masks(config) else 1
         total, count = validate(rack, make_eval_loader(config, corpus), objective=objective, passes=passes)
-        found["held_out"] = {"loss": total / count, "weight": count, "label": label_of(config)}
-    else:
-        denoiser = denoiser_of(rack, config, corpus.tokenizer.special_ids)
-        found = _measure(opened, corpus, denoiser, objective, by_time, pseudo_windows)
-        found["reference"] = reference_lines(
-            corpus.train, corpus.validation, rack.spec.vocab_size, objective.vocabulary.hidden
-        )
-    if as_json:
-        print_json(
-            {
-                "run": str(path),
-                "commit": opened.commit.id,
-                "step": opened.commit.step,
-                "objective": config.training.progressive.training_objective,
-                **{name: _jsonable(value) for name, value in found.items()},
-            }
-        )
-        return
-    print(f"{path}, step {opened.commit.step:,}, on {corpus.validation.n_bytes:,} bytes of held-out text")
-    _print(found)
+        return {"held_out": {"loss": total / count, "weight": count, "label": label_of(config)}}
+    denoiser = denoiser_of(rack, config, corpus.tokenizer.special_ids)
+    found = _measure(opened, corpus, denoiser, objective, by_time, pseudo_windows)
+    found["reference"] = reference_lines(
+        corpus.train, corpus.validation, rack.spec.vocab_size, objective.vocabulary.hidden
+    )
+    return found
 
 
 def _measure(
@@ -99,13 +78,8 @@ def _measure(
     }
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    return value if isinstance(value, dict) else value.to_dict()
-
-
-def _print(found: dict[str, Any]) -> None:
+def print_masked(found: dict[str, Any], *, counted_here: bool = False) -> None:
+    """The figures for people. `counted_here`: the unigram line was counted in the very text that it is scored on."""
     reference: Reference | None = found.get("reference")
     if "held_out" in found:
         _line("loss", f"{found['held_out']['loss']:.4f} nats ({found['held_out']['label']})")
@@ -121,7 +95,7 @@ def _print(found: dict[str, Any]) -> None:
         _line("pseudo-perplexity", f"{pseudo.pseudo_perplexity:.3f} ({pseudo.label})")
         _line("", f"{pseudo.tokens:,} tokens of {pseudo.windows:,} windows, each masked alone")
     if reference is not None:
-        _line("reference", f"{reference} (exact)")
+        _line("reference", f"{reference} ({'counted in this text' if counted_here else 'exact'})")
     if "bound" in found:
         rows = [
             (

@@ -18,7 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.errors import DataError
-from stackwise.data.packing import Batch, PaddedRows, Rows, SampleIds, make_rows
+from stackwise.data.packing import Batch, PaddedRows, Rows, SampleIds, SlidingRows, make_rows
 
 POOL = 4096
 """Samples among which rows of the same width are brought together."""
@@ -260,8 +260,9 @@ class TokenLoader:
 class EvalLoader:
     """One finite pass over the rows of a split, in order; the last batch may be smaller.
 
-    With `batches` it covers `batches · batch_size` rows spread evenly over the split. Every pass gives
-    the same batches. Raises: DataError when the split does not fill a row; ValueError for a bad size.
+    With `batches` it covers `batches · batch_size` rows spread evenly over the split. With `stride` rows overlap, see
+    `SlidingRows`; where `packing` is off they stop at documents all the same. Every pass gives the same batches.
+    Raises: DataError when the split does not fill a row; ValueError for a bad size.
     """
 
     def __init__(
@@ -274,11 +275,16 @@ class EvalLoader:
         doc_mask: bool = True,
         pad_id: int | None = None,
         batches: int | None = None,
+        stride: int | None = None,
     ) -> None:
         _check_batch_size(batch_size)
         if batches is not None and batches < 1:
             raise ValueError(f"batches is {batches}, but an evaluation needs at least 1")
-        self._rows = make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
+        self._rows: Rows = (
+            make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
+            if stride is None
+            else SlidingRows(split, seq_len, stride, doc_mask=doc_mask or not packing)
+        )
         self.batch_size = batch_size
         rows = self._rows.n_rows
         chosen = rows if batches is None else min(rows, batches * batch_size)

@@ -35,7 +35,8 @@ class Rows(Protocol):
         input_ids int64 [B, T]; next_ids int64 [B], the token that follows each row and belongs to the
         same document, else -100; sample_ids int64 [B]. Only where needed: attention_mask bool [B, T]
         (False = padding), document_ids int32 [B, T] (rank of the document inside its row) and
-        position_ids int64 [B, T] (from 0 again at each document).
+        position_ids int64 [B, T] (from 0 again at each document). Of rows that overlap also context int64 [B]: how
+        many of the first positions are there to be read and have no target.
         """
 
 
@@ -62,34 +63,47 @@ class PackedRows:
         self.split.check_batch(next_ids, (sample_ids + 1) * T)
         batch = {"input_ids": torch.from_numpy(ids.astype(np.int64))}
         if self.doc_mask:
-            batch |= self._documents(sample_ids * T, next_ids)
+            batch |= _documents(self.split, sample_ids * T, T, next_ids)
         batch["next_ids"] = torch.from_numpy(next_ids)
         batch["sample_ids"] = torch.from_numpy(sample_ids)
         return batch
 
-    def _documents(self, starts: SampleIds, next_ids: SampleIds) -> Batch:
-        """document_ids and position_ids of rows that begin at `starts` [B]; empties `next_ids` at edges."""
-        T, edges = self.seq_len, self.split.doc_starts
-        first = edges.searchsorted(starts, side="right")  # the first edge inside each row,
-        last = edges.searchsorted(starts + T)  # the first one at or after its end
-        follows = edges[np.minimum(last, len(edges) - 1)] == starts + T
-        next_ids[follows] = NO_TARGET
-        counts = last - first
-        total = int(counts.sum())
-        if not total:
-            return {}
-        # All edges of all rows at once: edge k of row b is edges[first[b] + k].
-        row = np.repeat(np.arange(len(starts)), counts)
-        within = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
-        column = edges[first[row] + within] - starts[row]
-        documents = np.zeros((len(starts), T), np.int32)
-        documents[row, column] = 1
-        origin = np.zeros((len(starts), T), np.int64)
-        origin[row, column] = column
-        return {
-            "document_ids": torch.from_numpy(documents.cumsum(axis=1, dtype=np.int32)),
-            "position_ids": torch.from_numpy(np.arange(T) - np.maximum.accumulate(origin, axis=1)),
-        }
+
+class SlidingRows:
+    """Rows of T tokens that begin every `stride` tokens: each target has T - stride tokens before it, or all there are.
+
+    Every token of the split but the first is a target once: a row scores what no earlier one has, and the last row
+    ends with the split, whatever its length. A split shorter than a row is one shorter row. `doc_mask` as in
+    `PackedRows`. ValueError for a stride outside 1 to T; DataError for a split of less than two tokens.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, stride: int, *, doc_mask: bool = True) -> None:
+        if not 1 <= stride <= seq_len:
+            raise ValueError(f"stride is {stride}, but must be 1 to seq_len = {seq_len}")
+        split.check_documents()
+        if split.n_tokens < 2:
+            raise _too_short(split, 2)
+        self.split, self.doc_mask = split, doc_mask
+        self.seq_len = min(seq_len, split.n_tokens - 1)
+        last = split.n_tokens - 1 - self.seq_len
+        self._starts = np.append(np.arange(0, last, stride), last).astype(np.int64)
+        self._context = np.zeros_like(self._starts)
+        self._context[1:] = self._starts[:-1] + self.seq_len - self._starts[1:]
+        self.n_rows = len(self._starts)
+
+    def batch(self, sample_ids: SampleIds) -> Batch:
+        starts, T, tokens = self._starts[sample_ids], self.seq_len, self.split.tokens
+        places = starts[:, None] + np.arange(T + 1)
+        ids = tokens[places].astype(np.int64)
+        self.split.check_batch(ids, places)
+        next_ids = ids[:, T].copy()
+        batch = {"input_ids": torch.from_numpy(ids[:, :T].copy())}
+        if self.doc_mask:
+            batch |= _documents(self.split, starts, T, next_ids)
+        batch["next_ids"] = torch.from_numpy(next_ids)
+        batch["context"] = torch.from_numpy(self._context[sample_ids])
+        batch["sample_ids"] = torch.from_numpy(sample_ids)
+        return batch
 
 
 class PaddedRows:
@@ -142,6 +156,31 @@ class PaddedRows:
         if not real.all():
             batch["attention_mask"] = torch.from_numpy(real)
         return batch
+
+
+def _documents(split: TokenSplit, starts: SampleIds, T: int, next_ids: SampleIds) -> Batch:
+    """document_ids and position_ids of rows of T tokens from `starts` [B] on; empties `next_ids` at edges."""
+    edges = split.doc_starts
+    first = edges.searchsorted(starts, side="right")  # the first edge inside each row,
+    last = edges.searchsorted(starts + T)  # the first one at or after its end
+    follows = edges[np.minimum(last, len(edges) - 1)] == starts + T
+    next_ids[follows] = NO_TARGET
+    counts = last - first
+    total = int(counts.sum())
+    if not total:
+        return {}
+    # All edges of all rows at once: edge k of row b is edges[first[b] + k].
+    row = np.repeat(np.arange(len(starts)), counts)
+    within = np.arange(total) - np.repeat(counts.cumsum() - counts, counts)
+    column = edges[first[row] + within] - starts[row]
+    documents = np.zeros((len(starts), T), np.int32)
+    documents[row, column] = 1
+    origin = np.zeros((len(starts), T), np.int64)
+    origin[row, column] = column
+    return {
+        "document_ids": torch.from_numpy(documents.cumsum(axis=1, dtype=np.int32)),
+        "position_ids": torch.from_numpy(np.arange(T) - np.maximum.accumulate(origin, axis=1)),
+    }
 
 
 def make_rows(

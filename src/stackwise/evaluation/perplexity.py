@@ -29,6 +29,7 @@ class Perplexity:
     tokens: int
     windows: int
     seq_len: int
+    stride: int | None = None
     label: str = "exact"
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,20 +44,25 @@ def perplexity(
     seq_len: int,
     batch_size: int = 8,
     batches: int | None = None,
+    stride: int | None = None,
     packing: bool = True,
     doc_mask: bool = True,
     pad_id: int | None = None,
     dtype: torch.dtype = torch.float32,
     rows_per_chunk: int | None = None,
 ) -> Perplexity:
-    """Evaluate a causal rack over the windows of a split, in order, without overlap.
+    """Evaluate a causal rack over the windows of a split, in order.
 
-    Every window of `seq_len` tokens is predicted from nothing but its own beginning. `packing`, `doc_mask` and
-    `pad_id` are those of the training data. The mean is weighted by tokens and summed in float64: in float32 it does
+    Every window of `seq_len` tokens is predicted from nothing but its own beginning. Without `stride` windows do not
+    overlap, and a rest that fills none is left out, as in training. With it they begin every `stride` tokens, each
+    token is a target once, and all but the first of a document have `seq_len - stride` tokens before them, or as many
+    as the document has: the smaller the stride, the nearer to the model's best, and the dearer, by seq_len / stride.
+    `packing`, `doc_mask` and `pad_id` are those of the training data. The mean is weighted by tokens and summed in float64: in float32 it does
     not depend on `batch_size` (up to 1e-6), and the same call gives the same figure. `batches` limits the work to
     `batches * batch_size` windows spread over the split; null is all of it.
 
-    ValueErrors: a rack that is not causal, windows longer than its `max_seq_len`, token ids it does not know.
+    ValueErrors: a rack that is not causal, windows longer than its `max_seq_len`, a stride longer than a window. DataErrors:
+    token ids that it does not know, a split that fills no window.
     """
     if not rack.is_causal:
         raise ValueError("perplexity needs a causal rack, and this one attends in both directions")
@@ -70,6 +76,7 @@ def perplexity(
         seq_len=seq_len,
         batch_size=batch_size,
         batches=batches,
+        stride=stride,
         packing=packing,
         doc_mask=doc_mask,
         pad_id=pad_id,
@@ -83,4 +90,5 @@ def perplexity(
         tokens=tokens,
         windows=windows.rows,
         seq_len=seq_len,
+        stride=stride,
     )

@@ -34,7 +34,8 @@ class CausalLM:
         """Align the targets; the input stays as it is.
 
         The label of position t is token t + 1, that of the last position `next_ids` (or -100 without it). A label is
-        -100 where either side of the step is padding, or where the two tokens belong to different documents.
+        -100 where either side of the step is padding, where the two tokens belong to different documents, and in the
+        first `context` [B] positions of a row.
         A batch without `input_ids` is a KeyError, a range of noise or a count a ValueError.
         """
         if noise is not None or counts is not None:
@@ -53,6 +54,9 @@ class CausalLM:
             labels[:, :-1].masked_fill_(~mask[:, 1:], IGNORE)
         if documents is not None:
             labels[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], IGNORE)
+        if "context" in batch:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            labels.masked_fill_(places < batch["context"][:, None], IGNORE)
         kinds = batch.get("token_type_ids")
         return Example(
             ids, labels, mask, batch.get("position_ids"), documents, batch.get("sample_ids"), kinds

@@ -1,0 +1,64 @@
+"""`stackwise eval RUN --text ...`: any text, overlapping windows, and results that are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def other(run_folder: Path) -> Path:
+    text = (run_folder / "text.txt").read_text()
+    (run_folder / "other.txt").write_text(text[7:200])
+    (run_folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"body": text[i : i + 30]}) + "\n" for i in range(0, 90, 30))
+    )
+    return run_folder
+
+
+def test_any_text_is_measured_to_its_end(cli, other):
+    facts = json.loads(cli("eval", "tiny", "--text", "other.txt", "--json").out)
+    assert facts["data"]["bytes"] == 193
+    assert facts["tokens"] == facts["data"]["tokens"] - 1
+    assert facts["protocol"]["stride"] == facts["protocol"]["seq_len"]
+    rows = json.loads(cli("eval", "tiny", "--text", "rows.jsonl", "--text-key", "body", "--json").out)
+    assert (rows["data"]["documents"], rows["data"]["bytes"]) == (3, 90)
+    assert "on 193 bytes of other.txt" in cli("eval", "tiny", "--text", "other.txt").out
+
+
+def test_a_smaller_stride_scores_the_same_tokens_in_more_windows(cli, other):
+    words = ("eval", "tiny", "--text", "other.txt", "--json")
+    one, two = (json.loads(cli(*words, "--stride", stride).out) for stride in ("8", "16"))
+    assert one["tokens"] == two["tokens"]
+    assert one["windows"] > two["windows"]
+    assert one["nats_per_token"] != two["nats_per_token"]
+    assert "one every 8" in cli("eval", "tiny", "--stride", "8").out
+
+
+def test_results_are_kept_with_all_that_they_depend_on(cli, other):
+    run = ("eval", "tiny", "--out", "kept")
+    for words in ((), ("--stride", "4"), ("--text", "other.txt"), ("--seq-len", "8"), ()):
+        assert cli(*run, *words).code == 0
+    kept = [json.loads(path.read_text()) for path in sorted((other / "kept").iterdir())]
+    assert len(kept) == 4
+    for facts in kept:
+        assert len(facts["tokenizer"]) == len(facts["data"]["hash"]) == 64
+        assert {"stackwise", "torch", "python"} <= set(facts["versions"])
+        assert facts["protocol"]["likelihood"] == facts["label"] == "exact"
+    assert len({facts["data"]["hash"] for facts in kept}) == 2
+
+
+def test_what_does_not_fit_is_refused(cli, other):
+    for words, message in (
+        (["--text", "absent.txt"], "--text: there is no file"),
+        (["--text", "other.txt", "--text-key", "body", "--stride", "17"], "--stride 17 would leave out"),
+        (["--text-key", "body"], "--text-key goes with --text"),
+        (["--seq-len", "1000"], "longer than the model's max_seq_len"),
+        (["--tasks", "x.jsonl", "--stride", "2", "--seq-len", "4"], "--seq-len, --stride is not for --tasks"),
+        (["--limit", "2", "--shots", "1"], "--limit, --shots goes with --tasks"),
+    ):
+        refused = cli("eval", "tiny", *words)
+        assert refused.code == 2, words
+        assert message in refused.err
