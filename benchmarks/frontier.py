@@ -29,12 +29,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from frontier_budget import batch_for, config_of, fit, flops_of, tokens_of
+from frontier_budget import batch_for, config_of, fit
 from frontier_bytes import Measurement, measure, measurements
 from frontier_report import write_report
 from frontier_run import Job, expected_flops, rows_in, run, save
 from frontier_scales import FULL, QUICK, RATES, TRIALS, Scale, Setting, settings_of
 from frontier_variants import END_TO_END, Variant, variants
+from stackwise.planning.budget import run_flops, run_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +46,7 @@ def jobs_of(setting: Setting, seed: int) -> Iterator[Job]:
     rows = rows_in(setting.corpus, seq_len)
     base = {**setting.base, "training.seed": seed}
     reference = config_of({**base, **END_TO_END.keys, "training.max_steps": setting.steps})
-    flops, tokens = flops_of(reference, rows), tokens_of(reference)
+    flops, tokens = run_flops(reference, rows), run_tokens(reference)
     for variant in variants(setting.stacks):
         if setting.corpus.path is not None and not variant.text:
             continue
@@ -71,11 +72,11 @@ def job_of(
     for name in ("training.optimizer.lr", "training.optimizer.adam_lr"):
         keys[name] = keys[name] * factor
     if axis == "tokens":
-        keys = fit(keys, variant.steps_key, tokens, lambda config: float(tokens_of(config)))
+        keys = fit(keys, variant.steps_key, tokens, lambda config: float(run_tokens(config)))
     else:
         if variant.big_batch:
             keys = batch_for(keys, setting.steps, flops, rows)
-        keys = fit(keys, variant.steps_key, flops * variant.share, lambda config: flops_of(config, rows))
+        keys = fit(keys, variant.steps_key, flops * variant.share, lambda config: run_flops(config, rows))
     return Job(setting.corpus, variant.name, axis, keys, expected_flops(setting.corpus, keys))
 
 
@@ -83,7 +84,7 @@ def trials_of(setting: Setting) -> Iterator[Job]:
     """Every variant at every rate of TRIALS, on a seed that no table uses."""
     rows = rows_in(setting.corpus, int(setting.base["training.seq_len"]))
     base = {**setting.base, "training.seed": 0}
-    flops = flops_of(config_of({**base, **END_TO_END.keys, "training.max_steps": setting.steps}), rows)
+    flops = run_flops(config_of({**base, **END_TO_END.keys, "training.max_steps": setting.steps}), rows)
     for variant in variants(setting.stacks):
         for rate in TRIALS:
             yield job_of(setting, variant, "flops", 0, flops, 0, rate)

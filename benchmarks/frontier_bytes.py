@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from frontier_budget import Keys, config_of, flops_of
+from frontier_budget import Keys, config_of
 from frontier_run import VERSION, Corpus, train
 from frontier_scales import Scale, Setting
 from frontier_variants import P, append_keys, whole_keys
+from stackwise.planning.budget import run_flops
 from stackwise.training.device import keep_freed_memory
 
 SWEEPS: dict[str, Keys] = {
@@ -57,7 +58,7 @@ def measurements(scale: Scale, setting: Setting) -> Iterator[Measurement]:
     for stacks in scale.depths:
         for label, changes in SWEEPS.items():
             keys = {**_deep(setting, stacks), **changes, "training.max_steps": 1}
-            yield Measurement("depth", label, stacks, few, keys, flops_of(config_of(keys), few.rows))
+            yield Measurement("depth", label, stacks, few, keys, run_flops(config_of(keys), few.rows))
     rows = Corpus(setting.corpus.name, rows=scale.cache_rows, held_out=64)
     keys = {
         **_deep(setting, scale.cache_stacks),
@@ -66,7 +67,7 @@ def measurements(scale: Scale, setting: Setting) -> Iterator[Measurement]:
         "training.dtype": "float32",
         "tracking.log_interval": 1,
     }
-    cost = 2 * flops_of(config_of(keys), rows.rows)
+    cost = 2 * run_flops(config_of(keys), rows.rows)
     yield Measurement("cascade", "append", scale.cache_stacks, rows, keys, cost)
 
 

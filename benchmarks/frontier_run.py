@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from depth_corpus import Automaton
-from frontier_budget import Keys, config_of, flops_of
+from frontier_budget import Keys, config_of
 from stackwise.config.resolve import resolve
 from stackwise.curriculum.curricula import stages
 from stackwise.curriculum.specs import first_spec
@@ -25,6 +25,7 @@ from stackwise.data.prepare import prepare
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.causal import CausalLM
+from stackwise.planning.budget import run_flops
 from stackwise.training.device import computing_in, keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.hooks import Hooks
 from stackwise.training.loop import Engine
@@ -237,7 +238,7 @@ def _answers(
 def expected_flops(corpus: Corpus, keys: Keys) -> float:
     """What a run of these keys will count."""
     config = config_of(keys)
-    return flops_of(config, rows_in(corpus, config.training.seq_len))
+    return run_flops(config, rows_in(corpus, config.training.seq_len))
 
 
 def save(record: dict[str, Any], folder: Path) -> None:

@@ -178,8 +178,9 @@ def _stop_after(count: int) -> Any:
 
 
 def test_budgets_are_met_to_a_step(small: ModuleType) -> None:
-    from frontier_budget import config_of, flops_of, tokens_of
+    from frontier_budget import config_of
     from frontier_variants import variants
+    from stackwise.planning.budget import run_flops, run_tokens
 
     scale = small.QUICK
     jobs = {(job.variant, job.axis): job for job in small.jobs_of(scale.depth, 1)}
@@ -193,13 +194,13 @@ def test_budgets_are_met_to_a_step(small: ModuleType) -> None:
 
             def cost(steps: int, job: Any = job, key: str = variant.steps_key, axis: str = axis) -> float:
                 config = config_of({**job.keys, key: steps})
-                return flops_of(config, 12) if axis == "flops" else tokens_of(config)
+                return run_flops(config, 12) if axis == "flops" else run_tokens(config)
 
-            target = deep.flops * variant.share if axis == "flops" else tokens_of(config_of(deep.keys))
+            target = deep.flops * variant.share if axis == "flops" else run_tokens(config_of(deep.keys))
             steps = job.keys[variant.steps_key]
             assert cost(steps) <= target or steps == 1
             assert cost(steps + 1) > target
-            assert job.flops == flops_of(config_of(job.keys), 12)
+            assert job.flops == run_flops(config_of(job.keys), 12)
 
 
 @pytest.mark.parametrize("steps", [10, 30])
@@ -208,9 +209,10 @@ def test_the_budget_of_a_thawing_rack_is_what_its_run_costs(small: ModuleType, s
     but for those that have moved up: in the longer run all of them."""
     from dataclasses import replace
 
-    from frontier_budget import config_of, leading_blocks
+    from frontier_budget import config_of
     from stackwise.curriculum.curricula import stages
     from stackwise.curriculum.specs import first_spec, stage_specs
+    from stackwise.planning.budget import leading_blocks
 
     setting = replace(small.QUICK.depth, steps=steps)
     job = next(job for job in small.jobs_of(setting, 1) if job.variant == "append, gradual")

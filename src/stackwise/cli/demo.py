@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from dataclasses import dataclass
@@ -181,6 +180,7 @@ def control(grown: Outcome, name: str, *, only_first: bool) -> StackWiseConfig:
     from stackwise.config.root import StackWiseConfig
     from stackwise.curriculum.costs import stage_flops
     from stackwise.curriculum.curricula import stages
+    from stackwise.planning.budget import nearest
 
     base = StackWiseConfig.from_yaml(grown.folder / "config.yaml")
     settings = base.to_dict()
@@ -198,7 +198,7 @@ def control(grown: Outcome, name: str, *, only_first: bool) -> StackWiseConfig:
     settings["checkpoint"].update(overwrite=True, resume="auto")
     config = StackWiseConfig.from_dict(settings)
     (step,) = stage_flops(config, stages(config))
-    config.training.max_steps = max(1, math.floor(grown.result["flops"] / step + 0.5))
+    config.training.max_steps = nearest(lambda steps: steps * step, grown.result["flops"])
     return config
 
 

@@ -80,6 +80,16 @@ def plan_on(
     )
 
 
+def stored_blocks(
+    config: StackWiseConfig, listed: list[Stage], specs: list[RackSpec], n_rows: int
+) -> list[int]:
+    """Per stage of a run over `n_rows` rows: how many leading blocks it does not run, but reads from a store."""
+    device = device_named(own_device(config))
+    resolved, _ = resolve(config)
+    rows = _Rows(resolved, device, compute_dtype(config, device), 1.0, Data(n_rows=n_rows))
+    return [rows.stored(listed, index, spec) for index, spec in enumerate(specs)]
+
+
 def estimate_memory(config: StackWiseConfig, device: str | None = None) -> dict[str, int]:
     """Bytes by item of the stage that takes the most memory; nothing is allocated.
 
@@ -158,6 +168,19 @@ class _Rows:
             scored=scored_share(self.config, stage.noise),
             held=0 if consistency is None else consistency.blocks,
         )
+
+    def stored(self, listed: list[Stage], index: int, spec: RackSpec) -> int:
+        """Leading blocks whose outputs a stage reads from a store."""
+        from stackwise.planning.held import held
+
+        progressive, stage = self.config.training.progressive, listed[index]
+        choice = progressive.cache_activations if stage.cache is None else stage.cache
+        if choice is False:
+            return 0
+        situation = self._situation(listed, index, spec, "fp32", edges=False)
+        own = held(situation)
+        decision = self._decision(listed, index, situation, own)
+        return own.prefix_blocks if decision is not None and decision.use else 0
 
     def _row(self, listed: list[Stage], index: int, situation: Situation) -> StagePlan:
         from stackwise.curriculum.costs import stage_tokens
