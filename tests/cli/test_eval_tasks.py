@@ -126,3 +126,30 @@ def test_a_character_that_the_tokenizer_lacks_names_the_row(cli, work, tmp_path)
     path.write_text(json.dumps({"sentence_good": "the fox", "sentence_bad": "THE fox"}) + "\n")
     refused = cli("eval", "tiny", "--tasks", path)
     assert (refused.code, "odd.jsonl:1: the character 'T'" in refused.err) == (2, True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_task_in_the_yaml_of_lm_eval_agrees_with_the_file_of_its_rows(cli, work):
+    pytest.importorskip("lm_eval")
+    Path("described.yaml").write_text(
+        "task: described\ndataset_path: json\noutput_type: multiple_choice\nvalidation_split: validation\n"
+        f"dataset_kwargs:\n  data_files: {{validation: {Path('quiz.jsonl').resolve()}}}\n"
+        f"  cache_dir: {Path('cache').resolve()}\n"
+        'doc_to_text: "{{prompt}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\nnum_fewshot: 0\n'
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+    )
+    done = cli("eval", "tiny", "--tasks", "quiz.jsonl,described.yaml", "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    own, named = facts["tasks"]["quiz"]["metrics"]["acc"], facts["lm_eval"]["described"]
+    assert named["metrics"]["acc"] == own["value"]
+    assert named["standard_errors"]["acc"] == pytest.approx(own["standard_error"])
+    Path("code.yaml").write_text("task: !function x.y\n")
+    Path("nameless.yaml").write_text("dataset_path: json\n")
+    for file, message in (
+        ("code.yaml", "code.yaml"),
+        ("nameless.yaml", "the key task"),
+        ("no.yaml", "no task file"),
+    ):
+        refused = cli("eval", "tiny", "--tasks", file)
+        assert (refused.code, message in refused.err) == (2, True), refused.err

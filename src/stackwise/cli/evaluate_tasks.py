@@ -9,6 +9,8 @@ from typing import Any
 
 from stackwise.cli.errors import UsageError
 from stackwise.cli.output import note, print_json, print_table
+from stackwise.config.document import parse
+from stackwise.config.errors import ConfigError
 from stackwise.evaluation.likelihood import scorer_of
 from stackwise.evaluation.record import keep, record_of
 from stackwise.evaluation.tasks import limited, names_of, read_task, with_shots
@@ -40,15 +42,18 @@ def evaluate_tasks(
         raise UsageError(
             "--tasks names no task; give it files, or names of lm-eval's tasks, with commas between"
         )
-    files = [word for word in words if Path(word).is_file()]
+    described = [word for word in words if word.endswith((".yaml", ".yml"))]
+    files = [word for word in words if Path(word).is_file() and word not in described]
     names = [word for word in words if word not in files]
     for name in names:
-        if "/" in name or name.endswith((".jsonl", ".json")):
+        if (name in described or "/" in name or name.endswith((".jsonl", ".json"))) and not Path(
+            name
+        ).is_file():
             raise UsageError(f"there is no task file {name}; check the spelling")
     if names and importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
-            f"{', '.join(names)}: no such file, and tasks by name are those of lm-eval, which is not installed: "
-            "pip install 'stackwise[eval]', or name a local task file"
+            f"{', '.join(names)}: not a file of task rows, and tasks by name or by YAML are those of lm-eval, which is "
+            "not installed: pip install 'stackwise[eval]', or name a local task file"
         )
     rack = opened.rack.to(pick_device("auto"))
     scorer = scorer_of(
@@ -77,18 +82,29 @@ def evaluate_tasks(
         from stackwise.evaluation.harness import VERSION, NativeModel, run_named
 
         model = NativeModel(scorer, opened.tokenizer, write, rack.spec.max_seq_len)
-        found["lm_eval"] = run_named(model, names, shots=shots, limit=limit)
+        asked = [_description(name) if name in described else name for name in names]
+        found["lm_eval"] = run_named(model, asked, shots=shots, limit=limit)
         found["versions"]["lm_eval"] = VERSION
     if out is not None:
-        asked = [
+        question = [
             sorted((name, task["task_hash"]) for name, task in found["tasks"].items()),
             sorted((name, task["shots"]) for name, task in found.get("lm_eval", {}).items()),
         ]
-        note(f"the figures are in {keep(out, found, asked)}")
+        note(f"the figures are in {keep(out, found, question)}")
     if as_json:
         print_json(found)
         return
     _print(path, opened, scorer.label, results, found.get("lm_eval", {}))
+
+
+def _description(file: str) -> dict[str, Any]:
+    """A task in lm-eval's YAML. Read as data alone: a tag that would run code is refused."""
+    document = parse(Path(file).read_text("utf-8"), file)
+    if document.problems:
+        raise ConfigError(document.problems)
+    if not isinstance(document.data.get("task"), str):
+        raise UsageError(f"{file} describes no task of lm-eval: the key task, its name, is missing")
+    return document.data
 
 
 def writer_of(opened: OpenRun) -> Write:
@@ -130,7 +146,14 @@ def _print(path: Path, opened: OpenRun, label: str, results: list[TaskResult], n
         for name, metric in result.metrics.items()
     ]
     rows += [
-        (task, f"{facts['n'] or '–'}", f"{facts['shots'] or 0}", name, f"{value:.4f}", "–")
+        (
+            task,
+            f"{facts['n'] or '–'}",
+            f"{facts['shots'] or 0}",
+            name,
+            shown(Metric(value, facts["standard_errors"].get(name))),
+            "–",
+        )
         for task, facts in named.items()
         for name, value in facts["metrics"].items()
     ]

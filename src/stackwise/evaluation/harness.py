@@ -10,6 +10,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+# lm-eval would resample in forked processes, which is not safe beside threads of torch; it reads this when it does so.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
 import lm_eval
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
@@ -23,6 +26,9 @@ from stackwise.evaluation.zero_shot import Write
 
 MAX_NEW_TOKENS = 256
 """Where a task does not say: the default of lm-eval."""
+
+RESAMPLES = 1000
+"""For standard errors of what is no mean, such as F1."""
 
 VERSION = str(lm_eval.__version__)
 
@@ -83,7 +89,7 @@ class NativeModel(LM):
 def run_named(
     model: NativeModel, names: Sequence[str | dict[str, Any]], *, shots: int | None, limit: int | None
 ) -> dict[str, Any]:
-    """lm-eval's results by task: its metrics as it names them, `n` and its version of the task.
+    """lm-eval's results by task: its metrics as it names them, standard errors of means, `n` and its version of the task.
 
     `names`: of lm-eval's tasks, or its own descriptions of one. DataError for a name that it does not know, and for data
     that could not be loaded.
@@ -102,7 +108,7 @@ def run_named(
             limit=limit,
             task_manager=manager,
             log_samples=False,
-            bootstrap_iters=0,
+            bootstrap_iters=RESAMPLES,
         )
     except (OSError, ValueError) as error:  # what a data set that is out of reach raises
         if isinstance(error, DataError):
@@ -118,6 +124,11 @@ def run_named(
                 key.partition(",")[0]: value
                 for key, value in metrics.items()
                 if isinstance(value, int | float) and "stderr" not in key and key != "sample_len"
+            },
+            "standard_errors": {
+                key.partition(",")[0].removesuffix("_stderr"): value
+                for key, value in metrics.items()
+                if isinstance(value, int | float) and "_stderr" in key
             },
             "n": found["n-samples"].get(name, {}).get("effective"),
             "shots": found["n-shot"].get(name),
