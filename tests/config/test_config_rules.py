@@ -979,6 +979,10 @@ NOTED = [
         for key in ("sample_interval: 3", "sample_prompt: To be")
     ),
     (f"generation: {{repetition_penalty: 2.0}}\n{BOTH_WAYS}", "generation.repetition_penalty has no effect"),
+    (
+        "tracking: {sinks: [csv], project: mine}",
+        "tracking.project has no effect: tracking.sinks names neither trackio nor wandb",
+    ),
     ("model: {tie_embeddings: true}", "false lets it train at every stage"),
     ("training: {progressive: {joint_tuning: false}}", "training.progressive.joint_tuning is off"),
     ("training: {max_steps: 10, warmup_steps: 10}", "the learning rate never reaches its peak"),

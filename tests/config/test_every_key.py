@@ -491,6 +491,8 @@ PROOFS: dict[str, Proof] = {
 }
 
 PROVEN_ELSEWHERE = {
+    "tracking.sinks": "tests/tracking/test_sinks.py::test_a_run_hands_its_figures_to_the_trackers_it_names",
+    "tracking.project": "tests/tracking/test_sinks.py::test_the_project_is_where_trackers_file_the_run",
     "model.tokenizer_embedding.family": "tests/model/test_pretrained_tables.py::test_the_table_is_that_of_the_folder",
     "model.tokenizer_embedding.embedding_option": "tests/model/test_pretrained_tables.py::test_the_table_is_that_of_the_folder",
     "model.tokenizer_embedding.freeze_embeddings": "tests/model/test_pretrained_tables.py::"

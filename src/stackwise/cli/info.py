@@ -11,6 +11,9 @@ from stackwise.cli.output import print_json
 
 EXTRAS = {
     "matplotlib": ("the plots of a report", "train"),
+    "tensorboard": ("tracking.sinks=[tensorboard]", "track"),
+    "trackio": ("tracking.sinks=[trackio]", "track"),
+    "wandb": ("tracking.sinks=[wandb]", "wandb"),
     "peft": ("training.progressive.qlora_enabled", "adapters"),
     "pyarrow": ("data.source=parquet", "parquet"),
     "datasets": ("data.source=hf", "hf"),

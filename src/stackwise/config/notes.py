@@ -245,6 +245,11 @@ INERT: list[tuple[str, Callable[[StackWiseConfig], bool], Reason]] = [
     ("data.text_key", lambda c: c.data.source in ("stdlib", "text"), "the source has no fields"),
     *guard_rules.INERT,
     *generation_rules.INERT,
+    (
+        "tracking.project",
+        lambda c: not {"trackio", "wandb"} & set(c.tracking.sinks),
+        "tracking.sinks names neither trackio nor wandb",
+    ),
 ]
 """Key, when it has no effect, and why."""
 

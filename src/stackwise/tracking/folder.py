@@ -34,6 +34,10 @@ class RunFolder:
     ``report.html``         the report, one file
     ``sample.txt``          the last text sampled
     ``failures/step-<n>/``  the facts of a step that went wrong
+    ``metrics.csv``         steps and evaluations as a table (``tracking.sinks``)
+    ``tensorboard/``        event files, written by TensorBoard
+    ``trackio/``            a database, written by Trackio
+    ``wandb/``              what Weights & Biases keeps of the run
     ======================  =====================================================
     """
 
@@ -49,6 +53,10 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.sample = self.path / "sample.txt"
         self.failures = self.path / "failures"
+        self.csv = self.path / "metrics.csv"
+        self.tensorboard = self.path / "tensorboard"
+        self.trackio = self.path / "trackio"
+        self.wandb = self.path / "wandb"
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> Self:
@@ -144,6 +152,10 @@ class RunFolder:
                 self.report,
                 self.sample,
                 self.failures,
+                self.csv,
+                self.tensorboard,
+                self.trackio,
+                self.wandb,
             )
             if path.exists() or path.is_symlink()
         ]

@@ -20,7 +20,7 @@ from typing import Any
 from stackwise.storage import ops
 from stackwise.tracking.events import FIELDS, EventError, check_event
 
-__all__ = ["FILE_NAME", "MetricsError", "MetricsFile", "MetricsLog", "read_metrics"]
+__all__ = ["FILE_NAME", "MetricsError", "MetricsFile", "MetricsLog", "last_step", "read_metrics"]
 
 FILE_NAME = "metrics.jsonl"
 
@@ -73,6 +73,15 @@ def read_metrics(path: str | Path, *, strict: bool = True) -> MetricsLog:
                 )
             log.problems.append(message)
     return log
+
+
+def last_step(path: str | Path) -> int:
+    """The last step that a metrics file knows of; -1 where there is none."""
+    try:
+        events = read_metrics(path, strict=False).events
+    except FileNotFoundError:
+        return -1
+    return max((event["step"] for event in events if "step" in event), default=-1)
 
 
 class MetricsFile:

@@ -38,6 +38,7 @@ from stackwise.tracking.events import Sink, Tracker
 from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile
 from stackwise.tracking.report import build_report
+from stackwise.tracking.sinks.choose import Trackers, check_libraries
 from stackwise.training import state
 from stackwise.training.changes import Change, check_allowed, record
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
@@ -74,6 +75,7 @@ def train(
     Raises ConfigError, DataError, RunFolderError, IncompatibleResumeError, NumericError, Interrupted.
     """
     config.validate()
+    check_libraries(config.tracking.sinks)
     allow = check_allowed(allow_change)
     device = pick_device(config.training.device)
     dtype = pick_dtype(config.training.dtype, device)
@@ -102,9 +104,16 @@ def train(
                 f"{inexact}. Nothing was changed; leave --require-exact out to go on"
             )
         stack.enter_context(store.lock())
+        trackers = Trackers(
+            resolved.tracking,
+            folder,
+            resolved.training.run_id,
+            lambda message: tracker.emit({"event": "note", "message": message}),
+        )
         metrics = MetricsFile(folder.path, None if commit is None else meta)
         listed = [ConsoleProgress()] if sinks is None else sinks
-        tracker = stack.enter_context(Tracker([metrics, *listed]))
+        tracker = stack.enter_context(Tracker([metrics, *trackers.sinks, *listed]))
+        trackers.open(metrics, resolved.to_dict(), resumed=commit is not None)
         for sentence in mend_scores(folder, store):
             tracker.emit({"event": "note", "message": sentence})
         folder.write_config(dump(resolved.to_dict()))
@@ -149,6 +158,7 @@ def train(
                     break
                 except GoBack as wish:
                     engine = go_back(engine, wish, store, metrics, where, stages)
+                    trackers.rewind(metrics)
             status = "done"
         except Interrupted:
             status = "stopped"
@@ -161,6 +171,9 @@ def train(
                 keeper.drain()
                 for event in keeper.events():
                     tracker.emit(event)
+            if status != "failed":
+                for message in trackers.last_words():
+                    tracker.emit({"event": "note", "message": message})
             _close(engine, tracker, status)
             if resolved.tracking.report if report is None else report:
                 build_report(folder.path)

@@ -1,0 +1,1 @@
+"""Trackers: CSV, TensorBoard, Trackio and Weights & Biases, fed from the events of a run."""
