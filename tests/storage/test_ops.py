@@ -36,7 +36,7 @@ FUNCTIONS = {
 LIBRARIES = {"save_file", "savefig"}
 ALLOWED = {
     "storage/ops.py": None,
-    "tracking/plots.py": {"savefig"},  # into memory
+    "tracking/drawing.py": {"savefig"},  # into memory
     "cli/main.py": {"open"},  # /dev/null
     "checkpoint/files.py": {"open"},  # for reading
 }

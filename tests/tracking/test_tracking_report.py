@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from stackwise.tracking import run_sections
+from stackwise.tracking import gallery
 from stackwise.tracking.folder import RunFolder, RunFolderError
 from stackwise.tracking.report import build_report
 
@@ -154,7 +154,7 @@ def test_a_failed_run_shows_why(tmp_path, make_run, run_events):
     events.append({"event": "note", "time": 1.0, "message": "the loss is not finite at step 40"})
     end = {**run_events()[-1], "status": "failed", "step": 40, "final_loss": math.nan, "peak_rss_bytes": None}
     html = build_report(make_run(tmp_path / "nan", [*events, end]).path).read_text("utf-8")
-    assert '<p class="notice">the loss is not finite at step 40</p>' in html
+    assert '<p class="notice failed">the loss is not finite at step 40</p>' in html
 
 
 def test_unreadable_lines_are_named_on_the_page(tmp_path, make_run, run_events):
@@ -177,7 +177,7 @@ def test_a_resumed_run_counts_the_last_word(tmp_path, make_run, run_events):
 
 def test_without_matplotlib_the_page_says_how_to_get_the_plots(tmp_path, make_run, run_events, monkeypatch):
     folder = make_run(tmp_path / "a", run_events(n_stacks=1))
-    monkeypatch.setattr(run_sections, "find_spec", lambda name: None)
+    monkeypatch.setattr(gallery, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r'pip install "stackwise\[train\]"'):
         html = build_report(folder.path).read_text("utf-8")
     assert "pip install &quot;stackwise[train]&quot;" in html
@@ -199,3 +199,18 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(built):
     with matplotlib.rc_context({"font.size": 33, "svg.fonttype": "path"}):
         assert build_report(built[0].path).read_text("utf-8") == built[1]
         assert matplotlib.rcParams["font.size"] == 33
+
+
+def test_a_run_of_many_stages_folds_up_what_was_stored(tmp_path, make_run, run_events):
+    page = build_report(make_run(tmp_path / "long", run_events(n_stacks=17)).path).read_text("utf-8")
+    folded = page[page.index("<summary>Stored outputs of the frozen trunk <small>16 stages</small>") :]
+    assert folded[: folded.index("</details>")].count("<li>") == 16
+
+
+def test_a_run_of_one_stage_says_so(tmp_path, make_run, run_events):
+    page = build_report(make_run(tmp_path / "one", run_events(n_stacks=1, joint=False)).path).read_text(
+        "utf-8"
+    )
+    assert ">1 stage · " in page
+    assert "buffers</text>" not in page, "an item that no stage holds is not in the picture"
+    assert "Validation around each growth" not in page

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from datetime import UTC, datetime
-from importlib.util import find_spec
 
 from stackwise.tracking import units
+from stackwise.tracking.gallery import gallery
 from stackwise.tracking.page import ReportedRun, text
-from stackwise.tracking.plots import available_plots, to_svg, write_png
 
 __all__ = ["curves", "header", "key_figures", "notices", "samples"]
 
@@ -18,7 +16,6 @@ _STATUS = {
     "failed": "failed",
     "unfinished": "not finished",
 }
-_NO_MATPLOTLIB = 'The plots need matplotlib: pip install "stackwise[train]", then build the report again.'
 
 
 def header(reported: ReportedRun) -> str:
@@ -26,9 +23,9 @@ def header(reported: ReportedRun) -> str:
     run = reported.history
     facts = []
     if run.start:
-        start = run.start
+        start, count = run.start, len(run.start["stages"])
         facts = [
-            f"{len(start['stages'])} stages",
+            f"{count} stage" + ("" if count == 1 else "s"),
             f"{start['device']} {start['dtype']}",
             f"vocabulary {start['vocab_size']:,}",
             f"context {start['seq_len']:,}",
@@ -53,11 +50,11 @@ def notices(reported: ReportedRun) -> str:
     found = [f"Left out, because it cannot be read: {problem}" for problem in log.problems]
     if log.torn:
         found.append("The last line of metrics.jsonl was cut off while it was written and is left out.")
-    if run.status == "failed":
-        found += [event["message"] for event in run.last_words]
+    failures = [event["message"] for event in run.last_words] if run.status == "failed" else []
     if not run.steps:
         found.append("No training step has been logged yet.")
-    return "\n".join(f'<p class="notice">{text(notice)}</p>' for notice in found)
+    parts = [("notice failed", message) for message in failures] + [("notice", message) for message in found]
+    return "\n".join(f'<p class="{kind}">{text(message)}</p>' for kind, message in parts)
 
 
 def key_figures(reported: ReportedRun) -> str:
@@ -110,25 +107,9 @@ def key_figures(reported: ReportedRun) -> str:
 
 def curves(reported: ReportedRun) -> str:
     """The pictures; each is also written to ``plots/`` of the run folder."""
-    run, folder = reported.history, reported.folder
-    plots = available_plots(run)
-    if not plots:
-        return ""
-    if find_spec("matplotlib") is None:
-        warnings.warn(_NO_MATPLOTLIB, stacklevel=3)
-        return f'<h2>Curves</h2>\n<p class="notice">{text(_NO_MATPLOTLIB)}</p>'
-    figures = []
-    for plot in plots:
-        write_png(plot, run, folder.plots)
-        drawing = f'<div class="narrow">{to_svg(plot, run)}</div>'
-        if plot.wide:
-            drawing += f'<div class="wide-drawing">{to_svg(plot, run, wide=True)}</div>'
-        kind = "wide" if plot.wide else "single"
-        figures.append(
-            f'<figure class="card {kind}" id="{plot.name}"><h3>{plot.title}</h3>\n{drawing}\n'
-            f"<figcaption>{plot.caption}</figcaption></figure>"
-        )
-    return '<h2>Curves</h2>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+    from stackwise.tracking.plots import available_plots
+
+    return gallery("Curves", available_plots(reported.history), reported.folder.plots)
 
 
 def samples(reported: ReportedRun) -> str:

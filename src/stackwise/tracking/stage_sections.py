@@ -8,6 +8,7 @@ from stackwise.tracking.page import ReportedRun, text
 
 __all__ = ["growths", "stages"]
 
+_FEW_STORED = 3  # stages whose stores are told in one sentence
 _MOST_BLOCKS = 24  # deeper racks are drawn to scale, in all rows alike
 _RACK_WIDTH = 130  # pixels of the deepest rack drawn to scale
 
@@ -38,7 +39,13 @@ def _stored(run: RunHistory) -> str:
     ]
     if not found:
         return ""
-    return f'\n<p class="caption">Stored outputs of the frozen trunk. {text("; ".join(found))}.</p>'
+    if len(found) <= _FEW_STORED:
+        return f'\n<p class="caption">Stored outputs of the frozen trunk. {text("; ".join(found))}.</p>'
+    lines = "".join(f"<li>{text(line)}</li>" for line in found)
+    return (
+        f'\n<details class="card"><summary>Stored outputs of the frozen trunk <small>{len(found)} stages</small>'
+        f'</summary>\n<ul class="lines">{lines}</ul></details>'
+    )
 
 
 def _stage_row(stage: StageHistory, deepest: int) -> str:
