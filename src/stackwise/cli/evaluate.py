@@ -85,6 +85,19 @@ def evaluate(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Keep the figures in a JSON file in this folder."),
     ] = None,
+    depth: Annotated[
+        bool,
+        typer.Option("--depth", help="Measure what each stack is good for instead; kept in depth.json."),
+    ] = False,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            "--batches",
+            metavar="N",
+            min=1,
+            help="Depth: as many held-out batches of `training.batch_size` rows; 16 by default.",
+        ),
+    ] = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
@@ -97,6 +110,9 @@ def evaluate(
     --tasks takes files of minimal pairs, multiple choice or generation, one JSON object per line, and with
     `pip install 'stackwise[eval]'` names of lm-eval's tasks. docs/evaluation.md shows the files.
 
+    --depth takes every stack out in turn, reads the loss after each, and compares their outputs, norms and gradients;
+    `stackwise report` draws the figures. docs/depth-diagnostics.md says what each of them is.
+
     Computed in float32 over windows of `training.seq_len` that do not overlap, without --stride. Bits per byte does not
     depend on the tokenizer, so it compares runs with different ones.
 
@@ -107,17 +123,18 @@ def evaluate(
       stackwise eval demo --text book.txt --stride 16 --out results
       stackwise eval runs/diffusion --by-time
       stackwise eval demo --tasks pairs.jsonl,quiz.jsonl --limit 200 --out results
+      stackwise eval demo --depth --batches 4
     """
     path = find_run(run)
+    of_text: dict[str, object] = {
+        "--text": text,
+        "--text-key": text_key,
+        "--seq-len": seq_len,
+        "--stride": stride,
+    }
+    of_text |= {"--by-time": by_time or None, "--pseudo-windows": pseudo_windows}
     if tasks is not None:
-        of_text: dict[str, object] = {
-            "--text": text,
-            "--text-key": text_key,
-            "--seq-len": seq_len,
-            "--stride": stride,
-        }
-        of_text |= {"--by-time": by_time or None, "--pseudo-windows": pseudo_windows}
-        _refuse("is not for --tasks", of_text)
+        _refuse("is not for --tasks", {**of_text, "--depth": depth or None, "--batches": batches})
         from stackwise.cli.evaluate_tasks import evaluate_tasks
         from stackwise.training.stored import open_run
 
@@ -134,6 +151,14 @@ def evaluate(
         )
         return
     _refuse("goes with --tasks", {"--limit": limit, "--shots": shots, "--mc-samples": mc_samples})
+    if depth:
+        _refuse("is not for --depth", {**of_text, "--out": out})
+        from stackwise.cli.evaluate_depth import evaluate_depth
+        from stackwise.training.stored import open_run
+
+        evaluate_depth(path, open_run(path), batches=batches, batch_size=batch_size, as_json=as_json)
+        return
+    _refuse("goes with --depth", {"--batches": batches})
     from stackwise.cli.evaluate_text import evaluate_text
     from stackwise.training.stored import open_run
 

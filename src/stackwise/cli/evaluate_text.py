@@ -40,9 +40,9 @@ def evaluate_text(
     config = opened.config
     causal = config.training.progressive.training_objective == "clm"
     _check(config, causal, text, text_key, by_time, pseudo_windows, stride)
-    _set(opened, seq_len, stride, batch_size)
+    set_windows(opened, seq_len, stride, batch_size)
     corpus = (
-        _own_corpus(opened)
+        own_corpus(opened)
         if text is None
         else read_corpus(text, opened.tokenizer, text_key=text_key or "text")
     )
@@ -114,7 +114,9 @@ def _check(
         raise UsageError("--text-key goes with --text")
 
 
-def _set(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: int | None) -> None:
+def set_windows(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: int | None
+) -> None:
+    """Take over options on windows; those that cannot be are a ConfigError or UsageError that names them."""
     config, spec = opened.config, opened.rack.spec
     if batch_size is not None:
         try:
@@ -133,7 +135,7 @@ def _set(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: i
         )
 
 
-def _own_corpus(opened: OpenRun) -> Corpus:
+def own_corpus(opened: OpenRun) -> Corpus:
     """The corpus that the run was trained on, prepared again where it is not there any more."""
     config = opened.config
     if config.data.tokenizer not in ("byte", "char"):

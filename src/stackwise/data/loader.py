@@ -260,9 +260,9 @@ class TokenLoader:
 class EvalLoader:
     """One finite pass over the rows of a split, in order; the last batch may be smaller.
 
-    With `batches` it covers `batches · batch_size` rows spread evenly over the split. With `stride` rows overlap, see
-    `SlidingRows`; where `packing` is off they stop at documents all the same. Every pass gives the same batches.
-    Raises: DataError when the split does not fill a row; ValueError for a bad size.
+    With `batches` it covers `batches · batch_size` rows spread evenly over the split, with `n_rows` that many. With
+    `stride` rows overlap, see `SlidingRows`; where `packing` is off they stop at documents all the same. Every pass
+    gives the same batches. Raises: DataError when the split does not fill a row; ValueError for a bad size.
     """
 
     def __init__(
@@ -276,10 +276,13 @@ class EvalLoader:
         pad_id: int | None = None,
         batches: int | None = None,
         stride: int | None = None,
+        n_rows: int | None = None,
     ) -> None:
         _check_batch_size(batch_size)
         if batches is not None and batches < 1:
             raise ValueError(f"batches is {batches}, but an evaluation needs at least 1")
+        if n_rows is not None and (n_rows < 1 or batches is not None):
+            raise ValueError(f"n_rows is {n_rows} and batches {batches}: give one of them, at least 1")
         self._rows: Rows = (
             make_rows(split, seq_len, packing=packing, doc_mask=doc_mask, pad_id=pad_id)
             if stride is None
@@ -287,7 +290,8 @@ class EvalLoader:
         )
         self.batch_size = batch_size
         rows = self._rows.n_rows
-        chosen = rows if batches is None else min(rows, batches * batch_size)
+        wanted = n_rows if batches is None else batches * batch_size
+        chosen = rows if wanted is None else min(rows, wanted)
         self._sample_ids = np.arange(chosen) * rows // chosen
 
     @property

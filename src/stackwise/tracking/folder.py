@@ -33,6 +33,7 @@ class RunFolder:
     ``plots/``              pictures (PNG)
     ``report.html``         the report, one file
     ``sample.txt``          the last text sampled
+    ``depth.json``          depth diagnostics (``stackwise eval RUN --depth``)
     ``failures/step-<n>/``  the facts of a step that went wrong
     ``metrics.csv``         steps and evaluations as a table (``tracking.sinks``)
     ``tensorboard/``        event files, written by TensorBoard
@@ -52,6 +53,7 @@ class RunFolder:
         self.plots = self.path / "plots"
         self.report = self.path / "report.html"
         self.sample = self.path / "sample.txt"
+        self.depth = self.path / "depth.json"
         self.failures = self.path / "failures"
         self.csv = self.path / "metrics.csv"
         self.tensorboard = self.path / "tensorboard"
@@ -151,6 +153,7 @@ class RunFolder:
                 self.plots,
                 self.report,
                 self.sample,
+                self.depth,
                 self.failures,
                 self.csv,
                 self.tensorboard,

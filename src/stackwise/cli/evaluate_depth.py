@@ -1,0 +1,91 @@
+"""`stackwise eval RUN --depth`: what each stack is good for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stackwise.cli.output import note, print_json, print_table
+from stackwise.data.corpus import Corpus
+from stackwise.evaluation.depth_file import BATCHES, measure_run, write_depth
+from stackwise.training.device import pick_device
+from stackwise.training.stored import OpenRun
+
+
+def evaluate_depth(
+    path: Path,
+    opened: OpenRun,
+    corpus: Corpus,
+    *,
+    batches: int | None,
+    batch_size: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the stacks of a run, keep the figures in its folder, and print them."""
+    opened.rack.to(pick_device("auto"))
+    with _progress() as progress:
+        facts = measure_run(
+            opened, corpus, batches=batches or BATCHES, batch_size=batch_size, progress=progress
+        )
+    write_depth(opened.folder, facts)
+    note(f"the figures are in {opened.folder.depth}; `stackwise report {path}` draws them")
+    if as_json:
+        print_json(facts)
+        return
+    protocol = facts["protocol"]
+    print(
+        f"{path}, step {facts['step']:,}: {protocol['windows']:,} windows of {protocol['seq_len']:,} tokens"
+    )
+    for view in facts["views"]:
+        _print_view(view, facts["unit"], facts["label"])
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], object]]:
+    """A bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("depth", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_view(view: dict[str, Any], unit: str, label: str) -> None:
+    answers = f", answered by {_owner(view)} alone" if view["alone"] else ""
+    title = f"{view['name']}{answers}: loss {_figure(view['loss'])} {unit} ({label})"
+    first = ("embedding", "", _figure(view["entry"]), "", "", _figure(view["entry_stream"], 3), "")
+    rows = [
+        (
+            f"{stack['uid']} ({stack['format']})" if stack["format"] != "fp32" else stack["uid"],
+            _signed(stack["removed"]),
+            _figure(stack["exit"]),
+            _figure(stack["gradient"]),
+            _figure(stack["signal"]),
+            _figure(stack["stream"], 3),
+            _figure(stack["update"], 3),
+        )
+        for stack in view["stacks"]
+    ]
+    columns = ["stack", "without it", "exit after it", "gradient", "signal", "stream", "update"]
+    print_table(title, columns, [first, *rows])
+    similar = [
+        (name, *(_figure(value, 2) for value in row))
+        for name, row in zip(view["points"], view["cka"], strict=True)
+    ]
+    print_table("Similarity of the outputs (linear CKA)", ["", *view["points"]], similar)
+
+
+def _owner(view: dict[str, Any]) -> str:
+    return next(str(s["uid"]) for s in view["stacks"] if s["position"] == view["owner"])
+
+
+def _figure(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.4f}"
