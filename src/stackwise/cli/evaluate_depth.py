@@ -9,7 +9,7 @@ from typing import Any
 
 from stackwise.cli.output import note, print_json, print_table
 from stackwise.data.corpus import Corpus
-from stackwise.evaluation.depth_file import BATCHES, measure_run, write_depth
+from stackwise.evaluation.depth_file import BATCHES, depth_record, write_depth
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
 
@@ -26,20 +26,25 @@ def evaluate_depth(
     """Measure the stacks of a run, keep the figures in its folder, and print them."""
     opened.rack.to(pick_device("auto"))
     with _progress() as progress:
-        facts = measure_run(
-            opened, corpus, batches=batches or BATCHES, batch_size=batch_size, progress=progress
+        record = depth_record(
+            opened,
+            corpus.validation,
+            data=corpus.hash,
+            batches=batches or BATCHES,
+            batch_size=batch_size,
+            progress=progress,
         )
-    write_depth(opened.folder, facts)
+    write_depth(opened, record)
     note(f"the figures are in {opened.folder.depth}; `stackwise report {path}` draws them")
     if as_json:
-        print_json(facts)
+        print_json(record)
         return
-    protocol = facts["protocol"]
+    protocol = record["protocol"]
     print(
-        f"{path}, step {facts['step']:,}: {protocol['windows']:,} windows of {protocol['seq_len']:,} tokens"
+        f"{path}, step {record['step']:,}: {protocol['windows']:,} windows of {protocol['seq_len']:,} tokens"
     )
-    for view in facts["views"]:
-        _print_view(view, facts["unit"], facts["label"])
+    for view in record["views"]:
+        _print_view(view, protocol["unit"], protocol["label"])
 
 
 @contextmanager
@@ -70,13 +75,16 @@ def _print_view(view: dict[str, Any], unit: str, label: str) -> None:
         )
         for stack in view["stacks"]
     ]
-    columns = ["stack", "without it", "exit after it", "gradient", "signal", "stream", "update"]
-    print_table(title, columns, [first, *rows])
+    read = "in the owner's place" if view["alone"] else "exit after it"
+    columns = ["stack", "without it", read, "gradient", "signal", "stream", "update"]
+    print(f"\n{title}")
+    print_table("", columns, [first, *rows])
     similar = [
         (name, *(_figure(value, 2) for value in row))
         for name, row in zip(view["points"], view["cka"], strict=True)
     ]
-    print_table("Similarity of the outputs (linear CKA)", ["", *view["points"]], similar)
+    print("Similarity of the outputs (linear CKA)")
+    print_table("", ["", *view["points"]], similar)
 
 
 def _owner(view: dict[str, Any]) -> str:

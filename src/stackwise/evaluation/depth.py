@@ -74,13 +74,12 @@ def depth(
     Memory: a batch's states after every stack and one recomputed block, the gradients of the stacks in float64, and the sums of
     `Similarity`. `progress` hears of every batch. The rack is left as it was.
 
-    ValueErrors: nothing to score; an objective and a rack that look in different directions; windows longer
+    ValueErrors: nothing to score; a causal objective for a rack that is not; windows longer
     than the rack's `max_seq_len`, token ids it does not know, passes below 1.
     """
-    if objective.causal != rack.is_causal:
-        kinds = {True: "causal", False: "in both directions"}
+    if objective.causal and not rack.is_causal:
         raise ValueError(
-            f"the objective {objective.name} is {kinds[objective.causal]}, and this rack looks {kinds[rack.is_causal]}"
+            f"the objective {objective.name} needs a causal rack, and this one attends in both directions"
         )
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
