@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stackwise.cli.evaluate_text import own_corpus, set_windows
 from stackwise.cli.output import note, print_json, print_table
-from stackwise.data.corpus import Corpus
 from stackwise.evaluation.depth_file import BATCHES, depth_record, write_depth
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
@@ -17,13 +17,14 @@ from stackwise.training.stored import OpenRun
 def evaluate_depth(
     path: Path,
     opened: OpenRun,
-    corpus: Corpus,
     *,
     batches: int | None,
     batch_size: int | None,
     as_json: bool,
 ) -> None:
     """Measure the stacks of a run, keep the figures in its folder, and print them."""
+    set_windows(opened, None, None, batch_size)
+    corpus = own_corpus(opened)
     opened.rack.to(pick_device("auto"))
     with _progress() as progress:
         record = depth_record(

@@ -114,8 +114,7 @@ def _check(
         raise UsageError("--text-key goes with --text")
 
 
-def set_windows(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: int | None
-) -> None:
+def set_windows(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: int | None) -> None:
     """Take over options on windows; those that cannot be are a ConfigError or UsageError that names them."""
     config, spec = opened.config, opened.rack.spec
     if batch_size is not None:
