@@ -37,6 +37,7 @@ format: $(VENV)/.dev ## format the code and repair what ruff can repair
 
 docs: $(VENV)/.train ## write the generated parts of docs/ again
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/draw.py
 
 site: $(VENV)/.docs ## build the pages as a site: site/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs . site

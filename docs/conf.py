@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 NAVIGATION: dict[str, list[str]] = {
     "Start": ["docs/tutorial"],
+    "Concepts": ["docs/concepts", "docs/glossary"],
     "Models and training": [
         "docs/training",
         "docs/objectives",

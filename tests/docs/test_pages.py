@@ -6,6 +6,8 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -55,14 +57,48 @@ def functions(path: Path) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
-def test_generated_parts_are_current() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def program(name: str) -> ModuleType:
+    """A program in docs/, loaded and not run."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    stale = [page.name for page, text in generate.pages().items() if page.read_text("utf-8") != text]
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_parts_are_current() -> None:
+    stale = [
+        page.name for page, text in program("generate").pages().items() if page.read_text("utf-8") != text
+    ]
     assert stale == [], "run `make docs`"
+
+
+def test_pictures_are_current_and_each_is_on_a_page() -> None:
+    pictures = program("draw").pictures()
+    assert [path.name for path, text in pictures.items() if path.read_text("utf-8") != text] == [], (
+        "run `make docs`"
+    )
+    assert set(pictures) == set((ROOT / "docs" / "pictures").glob("*.svg"))
+    shown = {
+        name for page in PAGES for name in re.findall(r"\]\((?:docs/)?pictures/([\w.-]+)\)", prose(page))
+    }
+    assert {path.name for path in pictures} <= shown
+
+
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/pictures/*.svg")), ids=lambda path: path.name)
+def test_a_picture_has_a_title_and_stays_on_its_sheet(picture: Path) -> None:
+    root = ElementTree.parse(picture).getroot()
+    width, height = (float(number) for number in root.attrib["viewBox"].split()[2:])
+    tag = "{http://www.w3.org/2000/svg}"
+    assert root.findtext(f"{tag}title")
+    assert "prefers-color-scheme: dark" in (root.findtext(f"{tag}style") or "")
+    for box in root.iter(f"{tag}rect"):
+        x, y, w, h = (float(box.get(name, 0)) for name in ("x", "y", "width", "height"))
+        assert 0 <= x <= x + w <= width
+        assert 0 <= y <= y + h <= height
+    for text in root.iter(f"{tag}text"):
+        assert 0 < float(text.attrib["y"]) < height
 
 
 def test_every_page_is_reached_from_the_front_page() -> None:
