@@ -5,31 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
-from stackwise.tracking.drawing import Plot, to_svg, write_png
+from stackwise.tracking.drawing import Plot, to_svg
 from stackwise.tracking.page import text
 
-__all__ = ["gallery"]
+__all__ = ["can_draw", "gallery"]
 
 _NO_MATPLOTLIB = 'The plots need matplotlib: pip install "stackwise[train]", then build the report again.'
 
 
-def gallery(title: str, plots: Sequence[Plot], pngs: Path | None = None) -> str:
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    return find_spec("matplotlib") is not None
+
+
+def gallery(title: str, plots: Sequence[Plot]) -> str:
     """A section with these pictures, wide ones twice: for a screen and for a phone; "" without any.
 
-    `pngs`: a folder to write them to as well. Without matplotlib the section says how to get it, and a warning is
-    issued.
+    Without matplotlib the section says how to get it, and a warning is issued.
     """
     if not plots:
         return ""
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         warnings.warn(_NO_MATPLOTLIB, stacklevel=3)
         return f'<h2>{title}</h2>\n<p class="notice">{text(_NO_MATPLOTLIB)}</p>'
     figures = []
     for plot in plots:
-        if pngs is not None:
-            write_png(plot, pngs)
         drawing = f'<div class="narrow">{to_svg(plot)}</div>'
         if plot.wide:
             drawing += f'<div class="wide-drawing">{to_svg(plot, wide=True)}</div>'

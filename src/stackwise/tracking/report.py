@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from stackwise.storage import ops
+from stackwise.tracking.drawing import write_png
+from stackwise.tracking.gallery import can_draw
 from stackwise.tracking.page import ReportedRun, Section, html_page
 from stackwise.tracking.repeat_section import how_to_repeat
 from stackwise.tracking.run_sections import curves, header, key_figures, notices, samples
 from stackwise.tracking.stage_sections import growths, stages
 
-__all__ = ["SECTIONS", "build_report"]
+__all__ = ["SECTIONS", "build_report", "render"]
 
 SECTIONS: tuple[Section, ...] = (
     header,
@@ -40,8 +42,17 @@ def build_report(run_dir: str | Path) -> Path:
     page. Without matplotlib the page is written without plots, says how to install it, and a warning is issued.
     Raises ``RunFolderError`` when the folder holds no run and ``FileNotFoundError`` when it has no ``metrics.jsonl``.
     """
+    from stackwise.tracking.plots import available_plots
+
     reported = ReportedRun.read(run_dir)
-    parts = [section(reported) for section in SECTIONS]
-    body = "\n".join([*(part for part in parts if part), _FOOTER])
-    ops.replace_text(reported.folder.report, html_page(reported.name, body))
+    if can_draw():
+        for plot in available_plots(reported.history):
+            write_png(plot, reported.folder.plots)
+    ops.replace_text(reported.folder.report, render(reported))
     return reported.folder.report
+
+
+def render(reported: ReportedRun) -> str:
+    """The page about a run; nothing is written."""
+    parts = [section(reported) for section in SECTIONS]
+    return html_page(reported.name, "\n".join([*(part for part in parts if part), _FOOTER]))

@@ -106,10 +106,10 @@ def key_figures(reported: ReportedRun) -> str:
 
 
 def curves(reported: ReportedRun) -> str:
-    """The pictures; each is also written to ``plots/`` of the run folder."""
+    """The pictures of the run."""
     from stackwise.tracking.plots import available_plots
 
-    return gallery("Curves", available_plots(reported.history), reported.folder.plots)
+    return gallery("Curves", available_plots(reported.history))
 
 
 def samples(reported: ReportedRun) -> str:
