@@ -25,7 +25,13 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/interchange",
     ],
     "Reference": ["docs/configuration", "docs/api", "docs/commands"],
-    "Results": ["docs/frontier", "docs/depth-as-time", "docs/depth-diagnostics", "docs/benchmarks", "docs/reliability"],
+    "Results": [
+        "docs/frontier",
+        "docs/depth-as-time",
+        "docs/depth-diagnostics",
+        "docs/benchmarks",
+        "docs/reliability",
+    ],
     "Project": ["docs/architecture", "docs/log", "docs/security", "CONTRIBUTING", "CHANGELOG"],
 }
 """Section of the sidebar -> its pages, without `.md`; the front page is README."""

@@ -35,6 +35,7 @@ from stackwise.cli import (
     runs,
     tokenizer,
     train,
+    watch,
 )
 from stackwise.cli.errors import GENERAL, INTERRUPTED, exit_code, explain, is_known
 from stackwise.tracking.units import printable
@@ -108,6 +109,7 @@ app.command("eval", short_help="Measure a run on its held-out text.")(evaluate.e
 app.add_typer(runs.app, name="runs")
 app.add_typer(ckpt.app, name="ckpt")
 app.command("report", short_help="Build the report of a run again.")(report.report)
+app.command("watch", short_help="Show a run in the browser while it trains.")(watch.watch)
 app.add_typer(cache.app, name="cache")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

@@ -48,7 +48,7 @@ def find_run(run: str) -> Path:
         return RUNS / run
     from stackwise.config.errors import did_you_mean
 
-    names = _run_names()
+    names = run_names()
     hint = did_you_mean(run, names) or (
         f"{RUNS} holds {', '.join(names)}"
         if names
@@ -68,7 +68,7 @@ def _set_threads(count: int | None) -> int | None:
     return count
 
 
-def _run_names() -> list[str]:
+def run_names() -> list[str]:
     return sorted(p.name for p in RUNS.iterdir() if p.is_dir() and p.name[0] != ".") if RUNS.is_dir() else []
 
 
@@ -109,7 +109,7 @@ def complete_section(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    return [*_run_names(), *_complete_path(incomplete)]
+    return [*run_names(), *_complete_path(incomplete)]
 
 
 Config = Annotated[

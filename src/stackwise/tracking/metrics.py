@@ -20,7 +20,15 @@ from typing import Any
 from stackwise.storage import ops
 from stackwise.tracking.events import FIELDS, EventError, check_event
 
-__all__ = ["FILE_NAME", "MetricsError", "MetricsFile", "MetricsLog", "last_step", "read_metrics"]
+__all__ = [
+    "FILE_NAME",
+    "MetricsError",
+    "MetricsFile",
+    "MetricsLog",
+    "last_step",
+    "parse_line",
+    "read_metrics",
+]
 
 FILE_NAME = "metrics.jsonl"
 
@@ -118,7 +126,9 @@ class MetricsFile:
         )
         ops.write_atomic(aside, [content], kind="text")
         good = [
-            line for line in content.splitlines(keepends=True) if line[-1:] == b"\n" and not _parse(line)[1]
+            line
+            for line in content.splitlines(keepends=True)
+            if line[-1:] == b"\n" and not parse_line(line)[1]
         ]
         self._log.close()
         ops.write_atomic(self.path, [b"".join(good)], kind="text")
@@ -224,11 +234,12 @@ def _lines(path: Path) -> Iterator[_Line]:
             if not raw.endswith(b"\n"):
                 yield _Line(number, end, None, "the line does not end")
                 return
-            event, problem = _parse(raw)
+            event, problem = parse_line(raw)
             yield _Line(number, end, event, problem)
 
 
-def _parse(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The event of a line, or null and what is wrong with it."""
     try:
         event = json.loads(raw)
     except (ValueError, RecursionError) as error:
