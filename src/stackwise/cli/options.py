@@ -57,6 +57,15 @@ def find_run(run: str) -> Path:
     raise UsageError(f"there is no run {run!r} here or in ./{RUNS}; {hint}")
 
 
+def find_runs(runs: Sequence[str]) -> list[Path]:
+    """The folders of several runs; one that is named twice is a UsageError."""
+    paths = [find_run(run) for run in runs]
+    for i, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise UsageError(f"{path} is named twice")
+    return paths
+
+
 def _set_threads(count: int | None) -> int | None:
     """Before torch is imported, its thread pool is set by the environment; after that, by torch."""
     if count is not None:
@@ -130,6 +139,14 @@ Run = Annotated[
     str,
     typer.Argument(
         metavar="RUN", help="A run folder, or its name where it lies in ./runs.", autocompletion=complete_run
+    ),
+]
+Runs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        help="Run folders, or their names where they lie in ./runs.",
+        autocompletion=complete_run,
     ),
 ]
 Threads = Annotated[

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
-from stackwise.cli.options import Run, find_run
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stackwise.cli.errors import UsageError
+from stackwise.cli.options import Runs, find_runs
 
 
-def report(run: Run) -> None:
-    """Build the plots and the report of a run again, from its folder alone.
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page about several runs; by default comparison.html beside the first one.",
+        ),
+    ] = None,
+) -> None:
+    """Build the report of a run again, or one page about several, from their folders alone.
 
-    Works on a finished, stopped or still running run.
+    Works on finished, stopped or still running runs. Of one run: plots/ and report.html in its folder. Of several: one
+    self-contained page with their figures, their losses over compute, tokens and seconds, their memory, and the
+    settings in which they differ.
 
     \b
     Examples:
       stackwise report runs/demo
+      stackwise report demo demo-end-to-end demo-shallow
+      stackwise report runs/a runs/b --out a-and-b.html
     """
-    path = find_run(run)
-    from stackwise.tracking.report import build_report
+    paths = find_runs(runs)
+    if len(paths) == 1:
+        if out is not None:
+            raise UsageError(
+                "--out is for a page about several runs; that of one run is report.html in its folder"
+            )
+        from stackwise.tracking.report import build_report
 
-    print(build_report(path))
+        print(build_report(paths[0]))
+        return
+    from stackwise.tracking.group_report import GroupPage, build_group_report
+    from stackwise.tracking.groups import labelled
+    from stackwise.tracking.page import ReportedRun
+
+    groups = labelled(ReportedRun.read(path) for path in paths)
+    target = out or paths[0].parent / "comparison.html"
+    print(build_group_report(groups, target, GroupPage(f"{len(groups)} runs")))

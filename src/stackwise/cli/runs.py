@@ -1,4 +1,4 @@
-"""`stackwise runs`: list, show and remove run folders."""
+"""`stackwise runs`: list, show, compare and remove run folders."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stackwise.cli.errors import UsageError
-from stackwise.cli.options import RUNS, Json, Run, find_run
+from stackwise.cli.options import RUNS, Json, Run, Runs, find_run, find_runs
 from stackwise.cli.output import next_steps, note, print_json, print_table
 
 if TYPE_CHECKING:
     from stackwise.tracking.folder import RunFolder
     from stackwise.tracking.history import RunHistory
 
-app = typer.Typer(short_help="List, show and remove runs.")
+app = typer.Typer(short_help="List, show, compare and remove runs.")
 
 HINTS = {
     "done": "",
@@ -30,13 +30,14 @@ HINTS = {
 
 @app.callback(invoke_without_command=True)
 def runs(context: typer.Context) -> None:
-    """List, show and remove runs. Without a command: list those in ./runs.
+    """List, show, compare and remove runs. Without a command: list those in ./runs.
 
     \b
     Examples:
       stackwise runs
       stackwise runs ls experiments
       stackwise runs show demo
+      stackwise runs compare demo demo-end-to-end
       stackwise runs rm demo
     """
     if context.invoked_subcommand is None:
@@ -97,6 +98,42 @@ def show(run: Run, as_json: Json = False) -> None:
         print_json(_facts(folder, history))
         return
     _print_run(folder, history)
+
+
+@app.command("compare")
+def compare(runs: Runs, as_json: Json = False) -> None:
+    """Put runs beside each other: their figures, and the settings in which they differ.
+
+    `stackwise report RUN RUN...` makes a page of it, with curves. To train several configs for the same compute:
+    `stackwise compare`.
+
+    \b
+    Examples:
+      stackwise runs compare demo demo-end-to-end
+      stackwise runs compare runs/a runs/b --json
+    """
+    paths = find_runs(runs)
+    if len(paths) < 2:
+        raise UsageError("give two runs or more; `stackwise runs show RUN` shows one")
+    from stackwise.cli.groups import print_differences, print_groups
+    from stackwise.tracking.groups import differences, labelled, warnings_about
+    from stackwise.tracking.page import ReportedRun
+
+    groups = labelled(ReportedRun.read(path) for path in paths)
+    rows = differences(groups)
+    if as_json:
+        print_json(
+            {
+                "runs": [group.to_dict() for group in groups],
+                "differences": {row.key: row.values for row in rows},
+                "warnings": warnings_about(groups),
+            }
+        )
+        return
+    print_groups("", groups)
+    print_differences(groups, rows)
+    for warning in warnings_about(groups):
+        note(warning)
 
 
 @app.command("rm")

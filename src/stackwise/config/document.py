@@ -85,6 +85,20 @@ def parse_value(text: str) -> Any:
     return document.data["value"]
 
 
+def flattened(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested data by dotted keys. Lists of maps are taken apart as well: `training.stages.0.lr`."""
+    rows: dict[str, Any] = {}
+    if isinstance(data, dict) and data:
+        children = data.items()
+    elif isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        children = {str(i): item for i, item in enumerate(data)}.items()
+    else:
+        return {prefix: data}
+    for key, child in children:
+        rows |= flattened(child, f"{prefix}.{key}" if prefix else key)
+    return rows
+
+
 def dump(data: Any) -> str:
     """YAML that `parse` reads back as equal data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

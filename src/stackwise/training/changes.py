@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from stackwise.config.document import flattened
 from stackwise.config.errors import ConfigError, Problem, did_you_mean, show
 from stackwise.config.resolve import resolve
 from stackwise.config.resume_classes import Kind, class_of
@@ -42,21 +43,8 @@ def course_of(config: StackWiseConfig) -> dict[str, Any]:
 
     Lists of maps are taken apart as well: `training.stages.0.lr`.
     """
-    flat = _flat("", json.loads(json.dumps(config.to_dict())))
+    flat = flattened(json.loads(json.dumps(config.to_dict())))
     return {key: value for key, value in flat.items() if class_of(key) != "free"}
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    if isinstance(value, dict) and value:
-        children = value.items()
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        children = {str(i): item for i, item in enumerate(value)}.items()
-    else:
-        return {prefix: value}
-    for key, child in children:
-        rows |= _flat(f"{prefix}.{key}" if prefix else key, child)
-    return rows
 
 
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

@@ -1,0 +1,167 @@
+"""Pictures of several runs: losses over what they cost, one colour for each group, mean and range over its runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from stackwise.tracking import units
+from stackwise.tracking.drawing import CYCLE, Plot, legend, running_mean, thin
+from stackwise.tracking.groups import RunGroup, Spread
+from stackwise.tracking.history import RunHistory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["group_plots"]
+
+_DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
+"""Once the colours are used up, curves are told apart by their dashes."""
+_AROUND_GROWTH = ("before_growth", "after_growth")
+_AXES = {
+    "flops": ("FLOP", "compute", "equal heights at one place cost the same floating-point operations"),
+    "tokens": ("tokens", "tokens", "the same losses over the tokens trained on, repetitions included"),
+    "seconds": ("s", "seconds", "the same losses over the seconds of training on the machine that ran it"),
+}
+
+
+class _Line(NamedTuple):
+    """A curve over the runs of a group: means, and the lowest and highest value at each place."""
+
+    xs: list[float]
+    means: list[float]
+    lows: list[float]
+    highs: list[float]
+
+
+def group_plots(groups: Sequence[RunGroup]) -> list[Plot]:
+    """The plots that the groups have data for."""
+    plots = []
+    if any(run.steps for group in groups for run in group.counted):
+        for against, (unit, name, caption) in _AXES.items():
+            plots.append(
+                Plot(
+                    f"compared_{against}",
+                    f"Loss against {name}",
+                    "Nats per token. Lines: running mean of the training loss, its range over the seeds shaded; dots: "
+                    f"validation loss; {caption}."
+                    if against == "flops"
+                    else f"As above: {caption}.",
+                    partial(_losses, groups=groups, against=against, unit=unit),
+                    wide=against == "flops",
+                )
+            )
+    if any(_peak_and_loss(group) for group in groups):
+        plots.append(
+            Plot(
+                "compared_memory",
+                "Validation loss against peak memory",
+                "The last validation loss over the counted bytes of the stage that takes the most: weights, gradients, "
+                "moments, activations and buffers. Bars: the range over the seeds. Lower left is better.",
+                partial(_memory, groups=groups),
+                wide=True,
+            )
+        )
+    return plots
+
+
+def _losses(axes: Axes, groups: Sequence[RunGroup], against: str, unit: str) -> None:
+    seen: list[float] = []
+    ends: list[float] = []
+    for i, group in enumerate(groups):
+        colour, dashes = _look(i)
+        training = _training(group, against)
+        if training.xs:
+            axes.fill_between(
+                training.xs, training.lows, training.highs, color=colour, alpha=0.15, linewidth=0
+            )
+        label = units.printable(group.label)
+        axes.plot(
+            *thin(training.xs, training.means), color=colour, linestyle=dashes, linewidth=1.5, label=label
+        )
+        evals = _validation(group, against)
+        axes.plot(evals.xs, evals.means, color=colour, linestyle="none", marker="o", markersize=4, zorder=4)
+        seen += [value for value in training.means if math.isfinite(value)]
+        ends += [value for value in evals.means[-1:] if math.isfinite(value)]
+    _crop(axes, seen, ends)
+    axes.set_ylabel("loss, nats per token")
+    axes.set_xlabel("seconds" if unit == "s" else unit)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: units.tick(value))
+    legend(axes)
+
+
+def _crop(axes: Axes, seen: list[float], ends: list[float]) -> None:
+    """The steep fall at the beginning would squeeze what is compared into a line."""
+    if not seen or not ends:
+        return
+    ordered = sorted(seen)
+    high = max(ordered[int(0.85 * (len(ordered) - 1))], *ends)
+    low = min(ordered[0], *ends)
+    margin = 0.08 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _memory(axes: Axes, groups: Sequence[RunGroup]) -> None:
+    for i, group in enumerate(groups):
+        point = _peak_and_loss(group)
+        if point is None:
+            continue
+        peak, loss = point
+        colour, _ = _look(i)
+        label = units.printable(group.label)
+        axes.plot([peak.mean] * 2, [loss.low, loss.high], color=colour, linewidth=1.6)
+        marker = "oDs"[i // len(CYCLE) % 3]
+        axes.plot(
+            [peak.mean], [loss.mean], linestyle="none", marker=marker, markersize=7, color=colour, label=label
+        )
+    axes.set_xlim(left=0)
+    axes.margins(x=0.08, y=0.12)
+    axes.set_ylabel("validation loss, nats per token")
+    axes.set_xlabel("counted bytes at the most")
+    axes.xaxis.set_major_formatter(lambda value, _: units.tick(value, "B"))
+    legend(axes)
+
+
+def _look(index: int) -> tuple[str, object]:
+    return CYCLE[index % len(CYCLE)], _DASHES[index // len(CYCLE) % len(_DASHES)]
+
+
+def _peak_and_loss(group: RunGroup) -> tuple[Spread, Spread] | None:
+    peak, loss = group.figures["peak_bytes"], group.figures["loss"]
+    return None if peak is None or loss is None or not math.isfinite(loss.mean) else (peak, loss)
+
+
+def _training(group: RunGroup, against: str) -> _Line:
+    runs = []
+    for run in group.counted:
+        points: dict[int, tuple[float, float]] = {}
+        for stage in run.stages:
+            means = running_mean([event["loss"] for event in stage.steps])
+            for event, mean in zip(stage.steps, means, strict=True):
+                points[event["step"]] = (event[against], mean)
+        runs.append(points)
+    return _over_runs(runs)
+
+
+def _validation(group: RunGroup, against: str) -> _Line:
+    return _over_runs([_evals(run, against) for run in group.counted])
+
+
+def _evals(run: RunHistory, against: str) -> dict[int, tuple[float, float]]:
+    return {e["step"]: (e[against], e["loss"]) for e in run.evals if e["when"] not in _AROUND_GROWTH}
+
+
+def _over_runs(runs: Sequence[dict[int, tuple[float, float]]]) -> _Line:
+    """Mean and range at the steps that all runs have."""
+    shared = sorted(set(runs[0]).intersection(*runs)) if runs else []
+    line = _Line([], [], [], [])
+    for step in shared:
+        xs, ys = zip(*(run[step] for run in runs), strict=True)
+        line.xs.append(sum(xs) / len(xs))
+        line.means.append(sum(ys) / len(ys))
+        line.lows.append(min(ys))
+        line.highs.append(max(ys))
+    return line
