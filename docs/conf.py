@@ -21,6 +21,7 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/models",
         "docs/sampling",
         "docs/evaluation",
+        "docs/nlu",
         "docs/checkpoints",
         "docs/interchange",
     ],

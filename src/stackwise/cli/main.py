@@ -30,6 +30,7 @@ from stackwise.cli import (
     hf,
     info,
     merge,
+    nlu,
     plan,
     report,
     runs,
@@ -105,6 +106,7 @@ app.command("generate", short_help="Continue a prompt, or fill the gaps of a tex
 app.command("chat", short_help="Continue one prompt after another.")(chat.chat)
 app.command("fill", short_help="Show likely tokens for the gaps of a text.")(encoder.fill)
 app.command("embed", short_help="Turn texts into vectors.")(encoder.embed)
+app.command("nlu", short_help="Fine-tune a run on tasks of language understanding.")(nlu.nlu)
 app.command("eval", short_help="Measure a run on its held-out text.")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.add_typer(ckpt.app, name="ckpt")

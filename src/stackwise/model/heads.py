@@ -11,7 +11,7 @@ h [B, T, D] is what the language model's head would read. Shape letters: B rows,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,6 +72,8 @@ class _OnRack(PlainNames):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         width = rack.spec.d_model
         self.rack = rack
+        self.reader: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None = None
+        """(ids, mask, positions) -> [B, T, D] in place of the rack's own way, for racks that need to be told more."""
         self.dropout = nn.Dropout(dropout)
         self.out = Linear(width, outputs, device=rack.device, dtype=rack.dtype)
         with torch.no_grad():
@@ -88,6 +90,8 @@ class _OnRack(PlainNames):
         positions = None
         if mask is not None:
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        if self.reader is not None:
+            return self.reader(input_ids, mask, positions)
         return self.rack.forward_features(
             input_ids, mask, position_ids=positions, token_type_ids=token_type_ids
         )
