@@ -163,7 +163,7 @@ def answers(
     found: list[Any] = [None] * len(rows)
     with eval_mode(model):
         for chosen in by_length(rows, batch_size):
-            batch = batch_of(rows, chosen).to(model.rack.device)  # type: ignore[union-attr, arg-type]
+            batch = batch_of(rows, chosen).to(model.rack.device)  # type: ignore[arg-type]
             outputs = model(*batch.inputs).float().cpu()
             for at, row in enumerate(chosen):
                 if rows.kind == NUMBER:
