@@ -32,6 +32,7 @@ from stackwise.cli import (
     merge,
     nlu,
     plan,
+    profile,
     report,
     runs,
     tokenizer,
@@ -102,6 +103,9 @@ app.command("merge", short_help="Unite stacks that were trained independently.")
 app.command("import", short_help="Take over a model of the Hugging Face format.")(hf.import_model)
 app.command("export", short_help="Write a run in the Hugging Face format.")(hf.export_model)
 app.command("plan", short_help="Show the stages of a run and what they cost.")(plan.plan)
+app.command("profile", short_help="Run a few steps: speed, operators, and bytes planned and measured.")(
+    profile.profile
+)
 app.command("generate", short_help="Continue a prompt, or fill the gaps of a text.")(generate.generate)
 app.command("chat", short_help="Continue one prompt after another.")(chat.chat)
 app.command("fill", short_help="Show likely tokens for the gaps of a text.")(encoder.fill)
