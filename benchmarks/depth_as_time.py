@@ -264,15 +264,21 @@ class Meter:
     def __init__(self) -> None:
         self.flops = self.tokens = self.seconds = 0.0
         self.bytes: dict[str, int] = {"peak": 0}
+        self.logs: list[tuple[list[Stage], list[dict[str, Any]]]] = []
+        """Of every engine that ran, its stages and events."""
 
     def add(self, other: Meter) -> None:
         """Add what was paid elsewhere."""
         self.flops, self.tokens = self.flops + other.flops, self.tokens + other.tokens
         self.seconds += other.seconds
         self.bytes = max(self.bytes, other.bytes, key=lambda b: b["peak"])
+        self.logs = [*self.logs, *other.logs]
 
     def run(self, engine: Engine) -> Rack:
         """Run an engine and add its cost."""
+        events: list[dict[str, Any]] = []
+        self.logs.append((engine.stages, events))
+        engine.hooks.emit = events.append
         started = time.process_time()
         history = engine.run()
         self.seconds += time.process_time() - started
@@ -470,22 +476,25 @@ def write(record: dict[str, Any], folder: Path) -> str:
     )
 
 
+def train_row(job: Job, corpus: Corpus, meter: Meter) -> tuple[list[Denoiser], list[int], float]:
+    """A row's models, which of them answers for each number of hidden tokens (from 1), and its budget in FLOP."""
+    variant = next(v for v in VARIANTS if v.name == job.variant)
+    budget = job.steps * cost_of_step(job, 1, ("all",), None, corpus)
+    if variant.kind == "independent":
+        return *train_independent(job, variant, budget, corpus, meter), budget
+    one = [0] * LENGTH
+    if variant.kind == "prepend":
+        return [train_prepend(job, variant.weight, budget, corpus, meter)], one, budget
+    stacks = job.stacks if variant.kind == "whole" else 1
+    return [train_whole(job, stacks, budget, corpus, meter, variant.weight)], one, budget
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train and score one job; the record."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    corpus = corpus_of(job.text)
-    variant = next(v for v in VARIANTS if v.name == job.variant)
-    budget = job.steps * cost_of_step(job, 1, ("all",), None, corpus)
-    meter, one = Meter(), [0] * LENGTH
-    if variant.kind == "independent":
-        denoisers, owners = train_independent(job, variant, budget, corpus, meter)
-    elif variant.kind == "prepend":
-        denoisers, owners = [train_prepend(job, variant.weight, budget, corpus, meter)], one
-    else:
-        stacks = job.stacks if variant.kind == "whole" else 1
-        denoisers = [train_whole(job, stacks, budget, corpus, meter, variant.weight)]
-        owners = one
+    corpus, meter = corpus_of(job.text), Meter()
+    denoisers, owners, budget = train_row(job, corpus, meter)
     if not 0.95 * budget <= meter.flops <= 1.005 * budget:
         raise RuntimeError(
             f"the run cost {meter.flops / 1e9:.1f} GFLOP, and its budget was {budget / 1e9:.1f}"

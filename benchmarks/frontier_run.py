@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -130,15 +131,39 @@ def run(job: Job) -> dict[str, Any]:
     return {**head, **record}
 
 
-def train(corpus: Corpus, keys: Keys, expected_flops: float | None = None) -> dict[str, Any]:
-    """Run the stages of a config over a corpus: held-out losses, costs, bytes of the stage with the highest peak."""
+def engine_of(corpus: Corpus, keys: Keys, emit: Callable[[dict[str, Any]], None]) -> Engine:
+    """The product's loop over the stages of a config on the rows of a corpus; `emit` hears of every event."""
     config, _ = resolve(config_of(keys))
     seq_len, batch = config.training.seq_len, config.training.batch_size
     data, device = load(corpus, seq_len), pick_device(config.training.device)
     dtype = pick_dtype(config.training.dtype, device)
     listed = stages(config)
     loader = TokenLoader(data.train, seq_len=seq_len, batch_size=batch, seed=config.training.seed)
-    held_out = EvalLoader(data.validation, seq_len=seq_len, batch_size=EVAL_ROWS)
+    return Engine(
+        config,
+        Rack(first_spec(config, listed), seed=config.training.seed),
+        listed,
+        loader,
+        device=device,
+        dtype=dtype,
+        hooks=Hooks(emit=emit),
+        identity={
+            "tokenizer": "ids",
+            "data": data.hash,
+            "rows": f"rows of {seq_len}",
+            "corruption": "clm",
+            "compute": f"{dtype} on {device.type}",
+        },
+    )
+
+
+def held_out_of(corpus: Corpus, seq_len: int) -> EvalLoader:
+    """The held-out rows that every run is scored on."""
+    return EvalLoader(load(corpus, seq_len).validation, seq_len=seq_len, batch_size=EVAL_ROWS)
+
+
+def train(corpus: Corpus, keys: Keys, expected_flops: float | None = None) -> dict[str, Any]:
+    """Run the stages of a config over a corpus: held-out losses, costs, bytes of the stage with the highest peak."""
     losses: list[float] = []
     stage_seconds: list[float] = []
 
@@ -148,22 +173,8 @@ def train(corpus: Corpus, keys: Keys, expected_flops: float | None = None) -> di
         elif event["event"] == "stage_end":
             stage_seconds.append(time.process_time() - started - sum(stage_seconds))
 
-    engine = Engine(
-        config,
-        Rack(first_spec(config, listed), seed=config.training.seed),
-        listed,
-        loader,
-        device=device,
-        dtype=dtype,
-        hooks=Hooks(emit=note),
-        identity={
-            "tokenizer": "ids",
-            "data": data.hash,
-            "rows": f"rows of {seq_len}",
-            "corruption": "clm",
-            "compute": f"{dtype} on {device.type}",
-        },
-    )
+    engine = engine_of(corpus, keys, note)
+    dtype, held_out = engine.dtype, held_out_of(corpus, engine.config.training.seq_len)
     started = time.process_time()
     history = engine.run()
     seconds = time.process_time() - started
