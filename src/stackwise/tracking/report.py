@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stackwise.storage import ops
+from stackwise.tracking.depth_section import depth
 from stackwise.tracking.drawing import write_png
 from stackwise.tracking.gallery import can_draw
 from stackwise.tracking.page import ReportedRun, Section, html_page
@@ -24,6 +25,7 @@ SECTIONS: tuple[Section, ...] = (
     stages,
     growths,
     curves,
+    depth,
     samples,
     how_to_repeat,
 )
