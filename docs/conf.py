@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 NAVIGATION: dict[str, list[str]] = {
-    "Start": ["docs/tutorial"],
+    "Start": ["docs/tutorial", "docs/howto", "examples/README"],
     "Concepts": ["docs/concepts", "docs/glossary"],
     "Models and training": [
         "docs/training",

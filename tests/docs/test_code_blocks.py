@@ -27,7 +27,7 @@ from stackwise.model.registry import FEED_FORWARDS
 from stackwise.model.settings import FFN_TYPES
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 MAKEFILE = (ROOT / "Makefile").read_text()
 TEXT = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(99, 0, -1))
 

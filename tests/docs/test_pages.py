@@ -14,7 +14,7 @@ import pytest
 import stackwise
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 
 
 def prose(page: Path) -> str:
@@ -44,7 +44,9 @@ def test_internal_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_tests_that_a_page_names_exist(page: Path) -> None:
     missing = []
-    for name in re.findall(r"`((?:src|tests|docs|benchmarks|recipes|\.ci)/[\w./-]*(?:::\w+)?)`", prose(page)):
+    for name in re.findall(
+        r"`((?:src|tests|docs|benchmarks|recipes|examples|\.ci)/[\w./-]*(?:::\w+)?)`", prose(page)
+    ):
         file, _, test = name.partition("::")
         path = ROOT / file
         if not path.exists() or (test and test not in functions(path)):
