@@ -161,6 +161,58 @@ def test_time_left_follows_the_measured_pace_and_the_cost_of_later_stages(run_ev
     assert progress.seconds_left == pytest.approx(26.0)
 
 
+def test_the_first_step_of_a_stage_does_not_count_into_the_pace(run_events):
+    """It counts bytes and warms up."""
+    progress = Progress(clock=lambda: 0.0)
+    events = run_events(n_stacks=1, stage_steps=40, joint=False)
+    step = next(event for event in events if event["event"] == "step")
+    for event in events[:2]:
+        progress.update(event)
+    for at, seconds in ((1, 9.0), (10, 18.0), (20, 28.0)):
+        progress.update({**step, "step": at, "stage_step": at, "seconds": seconds})
+    assert progress.stage_seconds_left == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_both_bars_end_at_one_column_however_long_the_rest_takes(run_events, width):
+    clock = [0.0]
+    progress = Progress(clock=lambda: clock[0])
+    for event in run_events(n_stacks=2, stage_steps=20_000, log_every=500, blocks_per_stack=40)[:60]:
+        clock[0] = event["time"]
+        progress.update(event)
+    console = Console(file=io.StringIO(), width=width, legacy_windows=False)
+    console.print(Display(progress))
+    stage, run = (line for line in console.file.getvalue().splitlines() if "%" in line)
+    assert " h left" in run
+    assert re.search("[━─] +[0-9]+%", stage).start() == re.search("[━─] +[0-9]+%", run).start()
+
+
+def test_a_long_name_stays_behind_its_label_and_a_growth_on_one_line(run_events):
+    name = "a-name-of-many-words-" * 5
+    events = run_events(n_stacks=2, stage_steps=20, run_id=name)
+    quiet = [event for event in events if event["event"] != "stage_start"]  # which would begin to draw
+    for width in (50, 80):
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", show(quiet, width=width, terminal=True)).splitlines()
+        assert f"run {name}" in lines
+        (grown,) = [line for line in lines if "grew" in line]
+        assert re.search(r"\d\.\d{4} → (after )?\d\.\d{4}  \([+-]\d\.\d{4}\)$", grown)
+        assert ("before" in grown) == (width == 80)
+
+
+def test_what_is_wider_than_the_terminal_goes_on_below_indented():
+    message = " ".join(["word"] * 40)
+    lines = re.sub(
+        r"\x1b\[[0-9;]*m", "", show([{"event": "note", "message": message}], width=50, terminal=True)
+    )
+    first, *rest = lines.splitlines()
+    assert first.startswith("note word")
+    assert rest
+    assert all(line.startswith("    word") for line in rest)
+    assert max(map(len, lines.splitlines())) <= 50
+    assert " ".join(lines.split()) == f"note {message}"
+    assert show([{"event": "note", "message": message}], width=50) == f"note {message}\n"
+
+
 def test_a_resumed_run_starts_in_the_middle(run_events):
     events = run_events(n_stacks=2, stage_steps=20)
     progress = Progress()
@@ -202,6 +254,14 @@ def test_numbers_read_well():
         "0:07",
         "12:34",
         "3:05:09",
+        "2 d 4 h",
+    ]
+    assert [units.remaining(s) for s in (None, 7, 754, 3599, 11_109, 190_000)] == [
+        "–",
+        "0:07",
+        "12:34",
+        "59:59",
+        "3:05 h",
         "2 d 4 h",
     ]
     assert [units.tick(n) for n in (0, 500, 1500, 2e6)] == ["0", "500", "1.5 k", "2 M"]

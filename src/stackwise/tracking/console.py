@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleProgress"]
 
 _SAMPLE_LINES = 8
+_WIDE = 64  # columns that the line about a growth takes, words and all
 
 
 class ConsoleProgress:
@@ -77,7 +78,12 @@ class ConsoleProgress:
             f"context {units.steps(event['seq_len'])}",
             f"{units.steps(event['batch_tokens'])} tokens a step",
         ]
-        self._print(("run ", "bold"), (units.printable(event["run_id"]), "bold cyan"), (resumed, "yellow"))
+        name = self._text(
+            ("run ", "bold"), (units.printable(event["run_id"]), "bold cyan"), (resumed, "yellow")
+        )
+        self.console.print(
+            name, soft_wrap=True
+        )  # a long name is broken by the terminal, not torn from its label
         self._print_facts(facts, style="dim")
 
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
@@ -105,7 +111,7 @@ class ConsoleProgress:
             f"grad {event['grad_norm']:.2f}",
             units.rate(progress.tokens_per_s),
             f"memory {units.size(event['rss_bytes'])}",
-            f"left {units.duration(progress.seconds_left)}",
+            f"left {units.remaining(progress.seconds_left)}",
         ]
         self._print(("  ".join(parts), ""))
 
@@ -136,10 +142,11 @@ class ConsoleProgress:
             self._print(("  grew  validation after growth ", ""), (units.loss(after["loss"]), "bold"))
             return
         arrow = "->" if self._ascii else "→"
+        words = ("before ", "after ") if self.console.width >= _WIDE or not self.live else ("", "")
         self._print(
-            ("  grew  validation before ", "magenta"),
+            (f"  grew  validation {words[0]}", "magenta"),
             (units.loss(before["loss"]), "bold magenta"),
-            (f" {arrow} after ", "magenta"),
+            (f" {arrow} {words[1]}", "magenta"),
             (units.loss(after["loss"]), "bold magenta"),
             (f"  ({units.signed(after['loss'] - before['loss'])})", "dim"),
         )
@@ -230,5 +237,11 @@ class ConsoleProgress:
         self.console.print(line, soft_wrap=not self.live)
 
     def _print(self, *parts: tuple[str, str]) -> None:
-        # soft_wrap: a log file must not be broken at 80 columns
-        self.console.print(self._text(*parts), soft_wrap=not self.live)
+        text = self._text(*parts)
+        if not self.live:
+            self.console.print(text, soft_wrap=True)  # a log file must not be broken at 80 columns
+            return
+        first, *rest = text.wrap(self.console, max(8, self.console.width - 4)) if parts else [text]
+        self.console.print(first)
+        for line in rest:
+            self.console.print(self._text(("    ", "")).append_text(line))

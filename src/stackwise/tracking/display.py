@@ -92,7 +92,11 @@ class Display:
         tail = f" {share:>4.0%}"
         if width >= 60:
             tail += f"  {units.steps(done):>{digits}}/{units.steps(total):<{digits}}"
-        tail += f"  {units.duration(left)} left".ljust(14) if left is not None else "  timing".ljust(14)
+        # as wide in both rows, and while it shrinks, so that the bars stand still
+        room = max(
+            14, *(len(_time_left(each)) for each in (progress.stage_seconds_left, progress.seconds_left))
+        )
+        tail += _time_left(left).ljust(room)
         row = _label(which)
         row.append_text(_segments(lengths, done, max(6, width - _LABEL - len(tail)), ascii_only))
         row.append(tail)
@@ -122,6 +126,10 @@ class Display:
             row.append("   ").append_text(chunk)
             room -= chunk.cell_len + 3
         return row
+
+
+def _time_left(seconds: float | None) -> str:
+    return "  timing" if seconds is None else f"  {units.remaining(seconds)} left"
 
 
 def _label(name: str) -> Text:

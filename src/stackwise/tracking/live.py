@@ -138,7 +138,7 @@ def _words(state: dict[str, Any]) -> list[str]:
         if state["tokens_per_s"] is not None:
             found.append(units.rate(state["tokens_per_s"]))
         if state["seconds_left"] is not None:
-            found.append(f"{units.duration(state['seconds_left'])} left")
+            found.append(f"{units.remaining(state['seconds_left'])} left")
     return found
 
 

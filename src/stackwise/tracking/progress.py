@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["Progress"]
 
 _SMOOTHING = 0.3  # weight of the newest tokens/s
-_WINDOW = 16  # step events that the time per step is taken over
+_WINDOW = 32  # step events that the time per step is taken over
 _LOSSES = 600
 
 
@@ -97,7 +97,11 @@ class Progress:
     def _left(self, steps: float) -> float | None:
         if len(self._marks) < 2 or self._marks[-1][0] == self._marks[0][0]:
             return None
-        (first_step, first), (last_step, last) = self._marks[0], self._marks[-1]
+        # The first step of a stage counts bytes and warms up: it says little about those to come.
+        (first_step, first), (last_step, last) = (
+            self._marks[1 if len(self._marks) > 2 else 0],
+            self._marks[-1],
+        )
         pace = (last - first) / (last_step - first_step)
         return max(0.0, steps * pace - (self._clock() - self._seen))
 

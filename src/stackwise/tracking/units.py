@@ -13,6 +13,7 @@ __all__ = [
     "loss",
     "printable",
     "rate",
+    "remaining",
     "signed",
     "size",
     "steps",
@@ -90,6 +91,14 @@ def duration(seconds: float | None) -> str:
     if hours >= 48:
         return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def remaining(seconds: float | None) -> str:
+    """A time that is guessed, no finer than it can be known: ``0:07``, ``12:34``, ``3:05 h``, ``2 d 4 h``."""
+    if seconds is None or not math.isfinite(seconds) or seconds < 3600:
+        return duration(seconds)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return duration(seconds) if hours >= 48 else f"{hours}:{minutes:02d} h"
 
 
 def printable(text: str) -> str:
