@@ -21,6 +21,7 @@ from stackwise.cli import (
     cache,
     chat,
     ckpt,
+    compare,
     config,
     data,
     demo,
@@ -105,6 +106,9 @@ app.command("export", short_help="Write a run in the Hugging Face format.")(hf.e
 app.command("plan", short_help="Show the stages of a run and what they cost.")(plan.plan)
 app.command("profile", short_help="Run a few steps: speed, operators, and bytes planned and measured.")(
     profile.profile
+)
+app.command("compare", short_help="Train several configs for the same compute, and compare them.")(
+    compare.compare
 )
 app.command("generate", short_help="Continue a prompt, or fill the gaps of a text.")(generate.generate)
 app.command("chat", short_help="Continue one prompt after another.")(chat.chat)
