@@ -106,7 +106,7 @@ def test_the_page_is_whole_and_holds_figures_curves_and_settings(run, tmp_path):
     for name in ("compared_flops", "compared_tokens", "compared_seconds", "compared_memory"):
         assert f'id="{name}"' in html
     first, second = (group.figures["loss"] for group in groups)
-    assert f"{first.mean:.4f} <small>{first.low:.4f} to {first.high:.4f}</small>" in html
+    assert f"{first.mean:.4f}<small>{first.low:.4f} to {first.high:.4f}</small>" in html
     assert f'<span class="">{second.mean - first.mean:+.4f}</span>' in html.replace(
         ' class="better"', ' class=""'
     )

@@ -94,7 +94,7 @@ def compare(
       stackwise compare demo 'demo training.progressive.enabled=false' --flops 1e11,3e11,1e12,3e12 --seeds 2
     """
     axis, targets = _budget(flops, tokens, match)
-    entries = entries_of(configs, sweep or (), out)
+    entries = entries_of(configs, sweep or (), out, len(targets or [0.0]))
     from stackwise.planning.contest import common_ground, fitted
     from stackwise.planning.scaling import fits
     from stackwise.tracking.groups import differences, warnings_about
@@ -166,9 +166,7 @@ def _announce(contestants: Sequence[Contestant], seeds: int) -> None:
 
     show = units.flops if contestants[0].axis == "flops" else units.count
     for one in contestants:
-        steps = one.config.training.max_steps
-        per = f"{units.steps(steps)} steps per stage" if steps is not None else "its own steps"
-        line = f"{one.name}: {show(one.cost)} of {show(one.target)}, {per}"
+        line = f"{one.name}: {units.steps(one.steps)} steps, {show(one.cost)} of {show(one.target)}"
         print(line + (f", {seeds} seeds" if seeds > 1 else ""), file=sys.stderr)
     for text in dict.fromkeys(text for one in contestants for text in one.config.notes()):
         note(text)

@@ -33,20 +33,20 @@ class _Named(NamedTuple):
     label: str | None
 
 
-def entries_of(words: Sequence[str], sweeps: Sequence[str], out: Path) -> list[Entry]:
+def entries_of(words: Sequence[str], sweeps: Sequence[str], out: Path, budgets: int) -> list[Entry]:
     """The configs to compare, each with its label. Wrong words are a UsageError, wrong settings a ConfigError.
 
     `words`: CONFIG, 'CONFIG KEY=VALUE ...' and KEY=VALUE for all. `sweeps`: KEY=VALUE,VALUE,...; values at the same
-    place of several of them belong together.
+    place of several of them belong together. `budgets`: how many each is trained with.
     """
     from stackwise.planning.contest import Entry
 
     named, shared = _sorted_out(words)
     sizes = _sizes(sweeps)
-    if len(named) * len(sizes) < 2:
+    if len(named) * len(sizes) * budgets < 2 or not named:
         raise UsageError(
             "there is nothing to compare: give two configs or more, such as demo 'demo "
-            "training.progressive.enabled=false', or sizes of one with --sweep"
+            "training.progressive.enabled=false', sizes of one with --sweep, or several budgets"
         )
     entries = []
     for (family, one), size in product(zip(_labels(named), named, strict=True), sizes):

@@ -34,6 +34,7 @@ __all__ = [
     "nearest",
     "run_flops",
     "run_tokens",
+    "steps_of",
 ]
 
 Axis = Literal["flops", "tokens"]
@@ -88,13 +89,22 @@ def leading_blocks(spec: RackSpec, stage: Stage) -> int:
     return next((i for i, work in enumerate(works) if work.trains or work.learning), len(works))
 
 
+def steps_of(config: StackWiseConfig, data: Data) -> int:
+    """Optimizer steps of a config's run, all stages together."""
+    return sum(stage.steps for stage in stages(_resolved(config, data), data.steps_per_epoch))
+
+
 def cost_of(config: StackWiseConfig, axis: Axis, data: Data) -> float:
     """FLOP or tokens of a config's run on data that `facts.data_facts` has looked at."""
     assert data.n_rows is not None
-    resolved, _ = resolve(config, vocab_size=data.vocab_size, mask_id=data.mask_id)
+    resolved = _resolved(config, data)
     if axis == "tokens":
         return float(run_tokens(resolved, data.steps_per_epoch))
     return run_flops(resolved, data.n_rows, data.steps_per_epoch)
+
+
+def _resolved(config: StackWiseConfig, data: Data) -> StackWiseConfig:
+    return resolve(config, vocab_size=data.vocab_size, mask_id=data.mask_id)[0]
 
 
 def matched(config: StackWiseConfig, axis: Axis, target: float, data: Data) -> StackWiseConfig:

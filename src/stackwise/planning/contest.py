@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stackwise.config.errors import ConfigError, Problem
 from stackwise.config.objective_rules import label_of, masks
 from stackwise.config.resolve import resolve
-from stackwise.planning.budget import Axis, cost_of, matched
+from stackwise.planning.budget import Axis, cost_of, matched, steps_of
 from stackwise.tracking import units
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Ground:
 
 @dataclass(frozen=True)
 class Contestant:
-    """An entry with the steps that its budget allows. `target` is the budget, `cost` what its run costs, by `axis`.
+    """An entry with the steps that its budget allows. `target` is the budget, `cost` what its run of `steps`
+    optimizer steps costs, by `axis`.
 
     `name`: its label, with the budget where there are several.
     """
@@ -50,6 +51,7 @@ class Contestant:
     axis: Axis
     target: float
     cost: float
+    steps: int
 
     @property
     def deviation(self) -> float:
@@ -98,7 +100,9 @@ def fitted(
         for entry, data in zip(entries, ground.data, strict=True):
             config = matched(entry.config, axis, target, data)
             name = entry.label + (f"-{units.tick(target).replace(' ', '')}" if len(targets) > 1 else "")
-            contestant = Contestant(name, entry, config, axis, target, cost_of(config, axis, data))
+            contestant = Contestant(
+                name, entry, config, axis, target, cost_of(config, axis, data), steps_of(config, data)
+            )
             contestants.append(contestant)
             if contestant.deviation > 0.5:
                 problems.append(

@@ -164,6 +164,18 @@ def _draw(axes: Axes, listed: Sequence[Fit], measure: Measure) -> None:
     axes.grid(axis="x", which="major")
     axes.set_ylabel("validation loss, nats per token")
     axes.set_xlabel(measure.unit)
-    axes.xaxis.set_major_formatter(lambda value, _: units.tick(value))
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    # The decades are too few to read a place by: the marks are where the points are.
+    axes.set_xticks(_apart(sorted({x for fit in listed for x, _ in fit.points})))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: units.count(value))
     legend(axes)
+
+
+def _apart(xs: Sequence[float]) -> list[float]:
+    """Those that stand far enough from the one before to be labelled on an axis of logarithms."""
+    kept: list[float] = []
+    room = math.log(xs[-1] / xs[0]) / 9 if xs else 0.0
+    for x in xs:
+        if not kept or math.log(x / kept[-1]) >= room:
+            kept.append(x)
+    return kept

@@ -136,11 +136,14 @@ def curve(axes: Axes, xs: list[float], ys: list[float], role: str, label: str | 
 
 
 def legend(axes: Axes) -> None:
-    """Above the axes, where no curve can run through it."""
-    columns = 6 if axes.figure.get_figwidth() > _NARROW[0] else 4  # type: ignore[union-attr]
+    """Above the axes, where no curve can run through it, in as many columns as there is room for."""
+    labels = axes.get_legend_handles_labels()[1]
+    longest = max((len(label) for label in labels), default=0)
+    width = axes.figure.get_figwidth()  # type: ignore[union-attr]
+    room = width * 11  # characters, at about 11 to the inch
     axes.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, handlelength=1.1, columnspacing=1.0,
-        handletextpad=0.4, borderaxespad=0.2,
+        frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=max(1, min(6, int(room / (longest + 4)))),
+        handlelength=1.1, columnspacing=1.0, handletextpad=0.4, borderaxespad=0.2,
     )  # fmt: skip
 
 

@@ -19,11 +19,26 @@ __all__ = ["group_plots"]
 
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 """Once the colours are used up, curves are told apart by their dashes."""
+_FEW = 3
+"""Groups whose names stand in every picture."""
 _AROUND_GROWTH = ("before_growth", "after_growth")
 _AXES = {
-    "flops": ("FLOP", "compute", "equal heights at one place cost the same floating-point operations"),
-    "tokens": ("tokens", "tokens", "the same losses over the tokens trained on, repetitions included"),
-    "seconds": ("s", "seconds", "the same losses over the seconds of training on the machine that ran it"),
+    "flops": (
+        "FLOP",
+        "compute",
+        "Nats per token. Lines: running mean of the training loss, its range over the seeds "
+        "shaded; dots: validation loss. At one place of the axis all have cost the same.",
+    ),
+    "tokens": (
+        "tokens",
+        "tokens",
+        "The same losses over the tokens trained on, repetitions included. Colours as above.",
+    ),
+    "seconds": (
+        "seconds",
+        "seconds",
+        "The same losses over the seconds of training on the machine that ran it. Colours as above.",
+    ),
 }
 
 
@@ -45,10 +60,7 @@ def group_plots(groups: Sequence[RunGroup]) -> list[Plot]:
                 Plot(
                     f"compared_{against}",
                     f"Loss against {name}",
-                    "Nats per token. Lines: running mean of the training loss, its range over the seeds shaded; dots: "
-                    f"validation loss; {caption}."
-                    if against == "flops"
-                    else f"As above: {caption}.",
+                    caption,
                     partial(_losses, groups=groups, against=against, unit=unit),
                     wide=against == "flops",
                 )
@@ -87,10 +99,11 @@ def _losses(axes: Axes, groups: Sequence[RunGroup], against: str, unit: str) -> 
         ends += [value for value in evals.means[-1:] if math.isfinite(value)]
     _crop(axes, seen, ends)
     axes.set_ylabel("loss, nats per token")
-    axes.set_xlabel("seconds" if unit == "s" else unit)
+    axes.set_xlabel(unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: units.tick(value))
-    legend(axes)
+    if against == "flops" or len(groups) <= _FEW:
+        legend(axes)
 
 
 def _crop(axes: Axes, seen: list[float], ends: list[float]) -> None:

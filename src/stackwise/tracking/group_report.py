@@ -74,10 +74,10 @@ def _table(groups: Sequence[RunGroup]) -> str:
         cells = [
             ("Validation loss", _spread(figures["loss"], units.loss)),
             ("Against the first", "–" if group is groups[0] else _against(first, figures["loss"])),
-            ("Bits per byte", _spread(figures["bits_per_byte"], lambda value: f"{value:.3f}")),
+            ("Bits per byte", _mean(figures["bits_per_byte"], lambda value: f"{value:.3f}")),
             *((head, _mean(figures[name], shown)) for name, (head, shown) in _COLUMNS.items()),
         ]
-        runs = "" if len(group.runs) == 1 else f" <small>{len(group.counted)} runs</small>"
+        runs = "" if len(group.runs) == 1 else f"<small>{len(group.counted)} runs</small>"
         rows.append(
             f"<tr><th>{text(group.label)}{runs}</th>"
             + "".join(f'<td data-label="{head}">{value}</td>' for head, value in cells)
@@ -85,7 +85,7 @@ def _table(groups: Sequence[RunGroup]) -> str:
         )
     return (
         "<h2>Figures</h2>\n"
-        '<div class="card scroll"><table class="cards wide-cards">\n<thead><tr><th>Run</th>'
+        '<div class="card scroll"><table class="cards runs">\n<thead><tr><th>Run</th>'
         + "".join(f"<th>{head}</th>" for head in heads)
         + "</tr></thead>\n<tbody>\n"
         + "\n".join(rows)
@@ -97,7 +97,7 @@ def _spread(found: Spread | None, shown: Shown) -> str:
     if found is None:
         return "–"
     mean, low, high = (shown(value) for value in (found.mean, found.low, found.high))
-    return mean if found.count == 1 else f"{mean} <small>{low} to {high}</small>"
+    return mean if found.count == 1 else f"{mean}<small>{low} to {high}</small>"
 
 
 def _mean(found: Spread | None, shown: Shown) -> str:
