@@ -67,6 +67,8 @@ def test_the_figures_are_kept_printed_and_those_of_eval(cli, run_folder):
         assert f"{stack['removed']:+.4f}" in text
         assert f"{stack['gradient']:.4f}" in text
     assert "linear CKA" in text
+    assert "exit after it        loss that final norm and head read" in text
+    assert text.count("in the owner's place") == 0
 
 
 def test_batches_choose_the_windows_and_the_batch_size_nothing(cli, run_folder):

@@ -13,6 +13,17 @@ from stackwise.evaluation.depth_file import BATCHES, depth_record, write_depth
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
 
+LEGEND = {
+    "without it": "change of the loss when the state goes past the stack; below 0 it is better without",
+    "exit after it": "loss that final norm and head read from the state after the stack",
+    "in the owner's place": "loss when this stack answers for the rows instead of the one that owns them",
+    "gradient": "norm of the gradient of the loss by the stack's weights, nats per unit of a weight",
+    "signal": "norm of the gradient at the state after the stack, nats per token and unit of the state",
+    "stream": "root mean square of the state after the stack",
+    "update": "norm of what the stack adds to the state, as a share of the state's norm before it",
+}
+"""What the columns are, in a line each."""
+
 
 def evaluate_depth(
     path: Path,
@@ -46,6 +57,11 @@ def evaluate_depth(
     )
     for view in record["views"]:
         _print_view(view, protocol["unit"], protocol["label"])
+    shown = {"exit after it": not all(v["alone"] for v in record["views"])}
+    shown["in the owner's place"] = any(v["alone"] for v in record["views"])
+    for name, meaning in LEGEND.items():
+        if shown.get(name, True):
+            print(f"  {name:<21}{meaning}")
 
 
 @contextmanager
