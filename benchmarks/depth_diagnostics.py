@@ -7,7 +7,7 @@ and drawings of docs/depth-diagnostics.md.
 
     python benchmarks/depth_diagnostics.py --data folder          # folder/input.txt; about 25 CPU minutes
     python benchmarks/depth_diagnostics.py --quick                # short budgets, the language alone
-    python benchmarks/depth_diagnostics.py --report-only          # from the records that are there
+    python benchmarks/depth_diagnostics.py --report-only --out benchmarks/records/depth --docs docs
     python benchmarks/depth_diagnostics.py --only "2 blocks"      # one run
 
 Every process computes on one thread.
@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import depth_as_time as dat
+from depth_diagnostics_report import write_report
 from depth_runs import Log, store_run
 from frontier import job_of
 from frontier_budget import config_of
@@ -65,6 +66,8 @@ ROWS = [
 TIMES = ["independent", "end to end", "control: one stack"]
 """Of depth as time."""
 STACKS = 3
+QUICK_STEPS = 45
+"""Of the one-stack control of depth as time, where budgets are short."""
 SYMBOLS = "01234567abcdefgh"
 """The language's states and operations as characters."""
 
@@ -238,7 +241,7 @@ def work_through(
         if row.kind == "frontier":
             opened, record = run_frontier(row, QUICK if options.quick else FULL, runs)
         else:
-            steps = 45 if options.quick else dat.FULL.steps
+            steps = QUICK_STEPS if options.quick else dat.FULL.steps
             opened, record = run_time(row, options.data / "input.txt", steps, runs)
         record["depth"]["run"] = row.name
         record = {"row": row.variant, "seed": SEED, **record}
@@ -248,6 +251,15 @@ def work_through(
         show(
             f"{row.name}: loss {record['loss']:.4f}, {record['cpu_seconds']:.0f} CPU s; {build_report(opened.folder.path)}"
         )
+
+
+def first_loss(record: dict[str, Any]) -> float | None:
+    """The loss of the same run in the records of its benchmark; null where it was not run with these budgets."""
+    path = ROOT / "benchmarks" / "records" / record["benchmark"] / "full" / f"{record['job']}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return float(found["loss"] if "loss" in found else found["nelbo"])
 
 
 def rows_of(options: argparse.Namespace) -> Iterator[Row]:
@@ -270,7 +282,9 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "depth-records", help="folder of records")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "depth", help="folder of run folders")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--docs", type=Path, help="folder of the page and drawings (default: none)")
+    parser.add_argument(
+        "--docs", type=Path, help="folder of the page and drawing (default: that of the records)"
+    )
     options = parser.parse_args(argv)
     if options.data is not None and not (options.data / "input.txt").is_file():
         raise SystemExit(f"--data {options.data}: there is no file input.txt in it")
@@ -281,6 +295,10 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
         work_through(rows, options, options.out, show)
+    paths = [options.out / f"{row.name}.json" for row in rows]
+    records = [json.loads(path.read_text()) for path in paths if path.exists()]
+    for line in write_report(options.docs or options.out, records, first_loss):
+        show(line)
 
 
 if __name__ == "__main__":
