@@ -9,8 +9,10 @@ import random
 import tempfile
 
 import pytest
+import torch
 
 from stackwise import ConfigError, StackWiseConfig
+from stackwise.planning import profile as profiling
 from stackwise.planning.plan import plan
 from stackwise.planning.profile import PARTS, _Profiled, profile
 from stackwise.planning.profile_page import write_profile
@@ -91,6 +93,24 @@ def test_parts_and_rates_add_up(measured):
     assert sum(shares) == pytest.approx(1.0)
     assert "aten::mm" in {row.name for row in found.operators[:12]}
     assert not [row.name for row in found.operators if row.name.startswith("part: ")]
+
+
+def test_time_belongs_to_the_part_in_which_it_passed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+
+    class Steps:
+        device, listener = torch.device("cpu"), None
+
+        def step(self, stage):
+            passes = [("forward", 2.0), ("backward", 3.0)] * 2
+            for part, seconds in (("data", 1.0), *passes, ("optimizer", 4.0)):
+                self.listener(part)
+                now[0] += seconds
+
+    seconds, parts, allocated = profiling._timed(Steps(), None, 3)
+    assert (seconds, allocated) == (15.0, None)
+    assert parts == {"data": 1.0, "forward": 4.0, "backward": 6.0, "optimizer": 4.0, "other": 0.0}
 
 
 def test_the_trace_holds_the_parts_of_the_step(measured):

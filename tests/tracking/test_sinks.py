@@ -16,9 +16,11 @@ from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import last_step, read_metrics
 from stackwise.tracking.settings import TrackingSettings
 from stackwise.tracking.sinks import choose, wandb
+from stackwise.tracking.sinks.append_only import AppendOnly
 from stackwise.tracking.sinks.base import Guarded
 from stackwise.tracking.sinks.csv_file import COLUMNS, CsvFile
 from stackwise.tracking.sinks.rows import Rows
+from stackwise.training.loop import Engine
 from stackwise.training.run import train
 
 
@@ -164,6 +166,53 @@ def test_a_run_hands_its_figures_to_the_trackers_it_names(tmp_path, tracker):
     assert same(READERS[tracker](folder), expected)
     folder.remove()
     assert not folder.path.exists(), "nothing of a tracker is left behind"
+
+
+def test_a_run_that_goes_back_takes_csv_and_tensorboard_along(tmp_path, monkeypatch):
+    original = Engine._loss
+
+    def spiked(self, *args):
+        at = self.loader.state_dict()["cursor"] // self.loader.batch_size
+        return original(self, *args) * (50.0 if at == 11 else 1.0)
+
+    monkeypatch.setattr(Engine, "_loss", spiked)
+    chosen = config(tmp_path, "csv", "tensorboard")
+    chosen.model.architecture.n_stacks = 1
+    chosen.training.max_steps, chosen.checkpoint.save_interval = 14, 2
+    chosen.training.spike_policy, chosen.training.spike_window = "rollback", 4
+    chosen.training.spike_sigma, chosen.training.rollback_steps = 8.0, 5
+    folder = RunFolder(train(chosen, sinks=[])["run_dir"])
+    notes = [event["message"] for event in read_metrics(folder.metrics).events if event["event"] == "note"]
+    assert any("Went back to the commit of step 6" in note for note in notes)
+    expected = steps_of(folder)
+    assert [step for step, _ in expected] == list(range(1, 15))
+    assert same(losses_in_csv(folder), expected)
+    assert same(losses_in_tensorboard(folder), expected)
+
+
+def test_a_tracker_that_keeps_everything_is_handed_each_step_once(run_events):
+    events = [e for e in run_events(n_stacks=1, stage_steps=60, joint=False) if e["event"] == "step"]
+
+    class Kept(AppendOnly):
+        def __init__(self):
+            super().__init__()
+            self.steps = []
+
+        def hand_over(self, row):
+            self.steps.append(row.step)
+
+    sink = Kept()
+    sink.replay(events[:2], -1)
+    for event in events[2:4]:
+        sink.emit(event)
+    sink.rewind(events[:1])
+    for event in events[1:]:
+        sink.emit(event)
+    assert sink.steps == [10, 20, 30, 40, 50, 60]
+    later = Kept()
+    later.replay(events[:5], 30)
+    later.emit(events[5])
+    assert later.steps == [40, 50, 60]
 
 
 def test_the_project_is_where_trackers_file_the_run(tmp_path):
