@@ -45,6 +45,7 @@ def test_a_command_has_its_entry_with_every_option(name: str) -> None:
         if not param.hidden and param.opts[0].startswith("--"):
             assert param.opts[0] in entry[1]
     assert len(entry[1].split()) > 5, "a command says what it does"
+    assert "\\b" not in entry[1], "a raw docstring: its \\b is no mark for lines that stay as they are"
 
 
 def test_every_verb_has_an_example() -> None:

@@ -85,7 +85,7 @@ def compare(
     done are not repeated and an interrupted one continues, so the same command goes on after Ctrl-C, and a config or a
     seed can be added later. The page is DIR/comparison.html.
 
-    \\b
+    \b
     Examples:
       stackwise compare demo 'demo training.progressive.enabled=false' --seeds 3
       stackwise compare append.yaml grow.yaml data.path=my.txt --flops 1e13
