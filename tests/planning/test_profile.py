@@ -158,10 +158,8 @@ def test_the_largest_stage_is_taken_where_none_is_named(tmp_path):
     "changes",
     [
         {"training__gradient_checkpointing": True, "training__gradient_accumulation_steps": 2},
-        {
-            "training__progressive__trunk_residency": "streamed",
-            "training__optimizer__optimizer_type": "Muon",
-        },
+        {"training__progressive__trunk_residency": "streamed", "training__optimizer__state_device": "host"},
+        {"training__residency": "streamed", "training__optimizer__optimizer_type": "Muon"},
         {
             "training__progressive__training_objective": "mlm",
             "training__progressive__cache_activations": True,
@@ -173,6 +171,7 @@ def test_any_kind_of_run_can_be_profiled(tmp_path, changes):
     found = profile(config(tmp_path, **changes), random.choice([1, 2]), steps=1)
     for item in ("parameters", "gradients", "moments", "host"):
         assert found.measured[item] == found.planned[item], item
+    assert found.measured["alive"] == pytest.approx(found.planned["alive"], rel=0.07)
     assert found.line.most["weights"] == found.measured["parameters"]
 
 

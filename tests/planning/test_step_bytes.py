@@ -53,6 +53,17 @@ def test_views_count_once_and_what_is_freed_is_gone():
     assert sizes[3:] == [400, 800]
 
 
+def test_what_has_its_home_elsewhere_does_not_count_nor_do_its_gradients():
+    near, far = nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False)
+    trained = [*near.parameters(), *far.parameters()]
+    recorder = StepRecorder(CPU, near.parameters(), list, trained, lambda: [far.weight])
+    with recorder:
+        far(near(torch.ones(2, 10))).sum().backward()
+        _ = far.weight.detach().view(-1)
+    last = dict(zip(CATEGORIES, recorder.line.points[-1][1], strict=True))
+    assert (last["weights"], last["gradients"], last["other"]) == (400, 400, 0)
+
+
 def test_other_devices_do_not_count():
     recorder = StepRecorder(torch.device("cuda"), [torch.zeros(5)], list, [])
     with recorder:

@@ -317,17 +317,27 @@ def _traced(engine: _Profiled, stage: Stage, folder: Path) -> tuple[list[Operato
 def _followed(engine: _Profiled, stage: Stage) -> ByteLine:
     rack, optimizers = engine.rack, engine.optimizers
     assert optimizers is not None
-    parked = {id(t) for block in rack.blocks() if block.parked is not None for t in _tensors(block)}
+    parked = [t for block in rack.blocks() if block.parked is not None for t in _tensors(block)]
+    away = {id(tensor) for tensor in parked}
+    names = {name for name, parameter in rack.named_parameters() if id(parameter) in away}
+    on_host = optimizers.host_bytes() > 0
 
-    def moments() -> Iterator[Tensor]:
-        for held in optimizers.state().values():
-            yield from held.values()
+    def moments(here: bool) -> Iterator[Tensor]:
+        """Those on the device, or those that are kept off it; step counters stay."""
+        for name, held in optimizers.state().items():
+            yield from (t for t in held.values() if (name in names or (on_host and t.dim() > 0)) != here)
+
+    def elsewhere() -> Iterator[Tensor]:
+        yield from parked
+        yield from (tensor.grad for tensor in parked if tensor.grad is not None)
+        yield from moments(here=False)
 
     recorder = StepRecorder(
         engine.device,
-        [tensor for tensor in _tensors(rack) if id(tensor) not in parked],
-        moments,
+        [tensor for tensor in _tensors(rack) if id(tensor) not in away],
+        lambda: moments(here=True),
         [parameter for parameter in rack.parameters() if parameter.requires_grad],
+        elsewhere,
     )
     with recorder, _listening(engine, recorder.part):
         engine.step(stage)

@@ -20,6 +20,8 @@ __all__ = ["CATEGORIES", "ByteLine", "StepRecorder"]
 CATEGORIES = ("weights", "moments", "gradients", "activations", "other")
 """Weights with buffers of modules; moments with step counters; activations: what autograd has saved; other: batches,
 and whatever lives for a moment only."""
+_ELSEWHERE = "elsewhere"
+_STAYS = ("weights", "moments", _ELSEWHERE)
 
 
 @dataclass
@@ -54,8 +56,8 @@ class ByteLine:
 class StepRecorder:
     """Records what happens inside the block. Storages count once, whole, on `device` alone; it changes no number.
 
-    `weights` and `moments` are the tensors that are there all the time; gradients are those of `trained`. What an
-    operation uses inside itself is not seen. Recording is slow: time nothing with it.
+    `weights` and `moments` are the tensors that are there all the time; gradients are those of `trained`. What
+    `elsewhere` gives has its home off the device and does not count, even where both are one memory. What an operation uses inside itself is not seen. Recording is slow: time nothing with it.
     """
 
     def __init__(
@@ -64,21 +66,28 @@ class StepRecorder:
         weights: Iterable[Tensor],
         moments: Callable[[], Iterable[Tensor]],
         trained: Iterable[Tensor],
+        elsewhere: Callable[[], Iterable[Tensor]] = list,
     ) -> None:
         self.line = ByteLine()
         self._device, self._trained, self._moments = device, list(trained), moments
         self._now = dict.fromkeys(CATEGORIES, 0)
-        self._of: dict[int, tuple[str, int]] = {}  # storage -> category, bytes
+        self._of: dict[int, tuple[str, int]]  # storage -> category, bytes
         self._references: dict[int, Any] = {}
         self._stack = ExitStack()
+        self._of = {}
+        self._elsewhere = elsewhere
+        for tensor in elsewhere():
+            self._leave_out(tensor)
         for tensor in weights:
-            self._put(tensor, "weights")
+            self._put(tensor, "weights", unless=(_ELSEWHERE,))
 
     def part(self, name: str) -> None:
         """A part of the step begins."""
         self.line.parts.append((self.line.operations, name))
+        for tensor in self._elsewhere():
+            self._leave_out(tensor)
         for tensor in self._moments():  # an optimizer makes them at its first step
-            self._put(tensor, "moments")
+            self._put(tensor, "moments", unless=(_ELSEWHERE,))
 
     def __enter__(self) -> StepRecorder:
         self.part("start")
@@ -97,15 +106,19 @@ class StepRecorder:
         self._references.clear()
 
     def _saved(self, tensor: Tensor) -> Tensor:
-        self._put(tensor, "activations", unless=("weights", "moments"))
+        self._put(tensor, "activations", unless=_STAYS)
         return tensor
 
     def _graduated(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._put(parameter.grad, "gradients", unless=("weights", "moments"))
+        if parameter.grad is None:
+            return
+        if self._of.get(storage_key(parameter), ("", 0))[0] == _ELSEWHERE:
+            self._leave_out(parameter.grad)
+        else:
+            self._put(parameter.grad, "gradients", unless=_STAYS)
 
     def _made(self, tensor: Tensor) -> None:
-        self._put(tensor, "other", unless=CATEGORIES)
+        self._put(tensor, "other", unless=(*CATEGORIES, _ELSEWHERE))
 
     def _after(self) -> None:
         self.line.operations += 1
@@ -124,15 +137,29 @@ class StepRecorder:
                 self._now[category] += size
             return
         storage = tensor.untyped_storage()
+        self._follow(storage, key, category, storage.nbytes())
+        self._now[category] += storage.nbytes()
+
+    def _follow(self, storage: torch.UntypedStorage, key: int, category: str, size: int) -> None:
+        """Until it is freed, and its key may be another's."""
 
         def freed(_: Any) -> None:
             category, size = self._of.pop(key)
-            self._now[category] -= size
+            if category != _ELSEWHERE:
+                self._now[category] -= size
             self._references.pop(key, None)
 
         self._references[key] = weakref.ref(storage, freed)
-        self._of[key] = (category, storage.nbytes())
-        self._now[category] += storage.nbytes()
+        self._of[key] = (category, size)
+
+    def _leave_out(self, tensor: Tensor) -> None:
+        key = storage_key(tensor)
+        category, size = self._of.get(key, (_ELSEWHERE, 0))
+        if category != _ELSEWHERE:
+            self._now[category] -= size
+            self._of[key] = (_ELSEWHERE, 0)
+        elif key not in self._of:
+            self._follow(tensor.untyped_storage(), key, _ELSEWHERE, 0)
 
     def _sample(self) -> None:
         row = tuple(self._now.values())
