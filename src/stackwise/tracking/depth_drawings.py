@@ -108,7 +108,11 @@ class _Axis:
         parts, mark = [], math.ceil(self.low / self.step - 1e-9) * self.step
         while mark <= self.high + 1e-9 * self.step:
             y = self.y(mark)
-            shown = f"{mark if abs(mark) > 1e-12 else 0:.{digits}f}"
+            value = 0.0 if abs(mark) < 1e-6 * self.step else mark
+            # Many digits would not fit beside the axis.
+            shown = (
+                f"{value:.1e}".replace(".0e", "e") if digits > 4 and value else f"{value:.{min(digits, 4)}f}"
+            )
             parts.append(f'<path d="M{LEFT:.0f} {y:.1f} H{WIDTH - RIGHT:.0f}" stroke="var(--plot-grid)"/>')
             parts.append(_text(LEFT - 6, y + 4, shown, "end"))
             mark += self.step
