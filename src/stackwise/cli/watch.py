@@ -27,7 +27,9 @@ def watch(
     run: Run,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help=f"Port; by default {PORT}, or a free one where that is taken."),
+        typer.Option(
+            min=0, max=65535, metavar="N", help=f"Port; by default {PORT}, or a free one where that is taken."
+        ),
     ] = None,
     host: Annotated[
         str,
