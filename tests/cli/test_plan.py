@@ -28,6 +28,21 @@ def test_a_run_that_does_not_fit_gets_advice_that_does(cli, folder):
     assert "advice" not in again
 
 
+def test_a_mixture_of_experts_says_what_a_token_meets(cli, folder):
+    moe = (
+        "model.d_model=16",
+        "model.moe.n_experts=4",
+        "model.moe.top_k=1",
+        "model.moe.d_ff=24",
+        "model.ffn_type=swiglu",
+    )
+    stage = json.loads(cli("plan", "tiny.yaml", *ONE, *moe, "--json").out)["stages"][-1]
+    idle = 3 * (3 * 16 * 24)  # three of four experts, each of three matrices
+    assert stage["parameters"] - stage["active_parameters"] == stage["total_blocks"] * idle
+    assert "Experts: a token meets" in cli("plan", "tiny.yaml", *ONE, *moe).out
+    assert "Experts:" not in cli("plan", "tiny.yaml", *ONE).out
+
+
 def test_curricula_are_compared(cli, folder):
     changes = ("model.vocab_size=40", "training.progressive.joint_tuning=false", "--compare")
     result = cli("plan", "tiny.yaml", *changes)

@@ -144,6 +144,11 @@ def _show(laid_out: Plan) -> None:
         f"one block per step. Fits into {units.size(laid_out.device.memory)} of {laid_out.device.name}: "
         f"{laid_out.fits}.",
     )
+    last = laid_out.stages[-1]
+    if last.active_parameters < last.parameters:
+        print(
+            f"Experts: a token meets {units.count(last.active_parameters)} of {units.count(last.parameters)} weights"
+        )
     _show_memory(laid_out)
     print("\nTrained in each stage")
     for row, stage in zip(rows, laid_out.stages, strict=True):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig
     from stackwise.curriculum.stage import Stage
     from stackwise.data.corpus import Corpus
+    from stackwise.model.block_spec import BlockSpec
     from stackwise.model.spec import RackSpec
     from stackwise.planning.count import StageBytes
     from stackwise.planning.held import Held
@@ -221,6 +222,7 @@ class _Rows:
             steps=stage.steps,
             tokens=tokens,
             parameters=own.both("parameters"),
+            active_parameters=own.both("parameters") - round(sum(map(_idle, situation.spec.blocks))),
             trainable_parameters=own.both("trainable"),
             flops=flops,
             units=step_units(
@@ -301,3 +303,10 @@ def _growth(stage: Stage) -> str:
         return ""
     what = f"x {grow.factor}" if grow.op == "duplicate" and grow.layers is None else grow.n_blocks
     return f"{grow.op} {what} ({grow.init})"
+
+
+def _idle(spec: BlockSpec) -> float:
+    """Numbers in the matrices of a block that a token does not meet."""
+    from stackwise.model.flops import active_matrix_parameters, block_matrix_parameters
+
+    return block_matrix_parameters(spec) - active_matrix_parameters(spec)

@@ -18,7 +18,7 @@ class StagePlan:
     """One stage. `flops` of the whole stage; `units` of a step, in forward passes of one block.
 
     `bytes` are the items that a run counts (parameters, gradients, moments, activations, buffers), `memory` all that
-    is known of them. `trunk`: none, recomputed, cached, streamed or mapped, with `trunk_reason`. `copied_bytes`: in
+    is known of them. `active_parameters`: those that a token meets, fewer than all where experts share the work. `trunk`: none, recomputed, cached, streamed or mapped, with `trunk_reason`. `copied_bytes`: in
     main memory while a save is written beside the training. `disk`: what the stage writes,
     `checkpoint` for good, `resume` for its resume points, `cache` for stored outputs of the trunk.
     """
@@ -33,6 +33,7 @@ class StagePlan:
     steps: int
     tokens: int
     parameters: int
+    active_parameters: int
     trainable_parameters: int
     flops: float
     units: int
