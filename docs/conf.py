@@ -22,6 +22,7 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/sampling",
         "docs/evaluation",
         "docs/nlu",
+        "docs/compare",
         "docs/tracking",
         "docs/checkpoints",
         "docs/interchange",

@@ -1,7 +1,7 @@
 """Commands, programs and configurations on the pages are executed, in the order in which a reader would.
 
 Each page has a folder of its own that looks like a clone of the project with a few texts in it. Python runs as it
-stands. So do `stackwise` commands, except that `train` and `demo` get the overrides of SMALL at their end: a smaller
+stands. So do `stackwise` commands, except that `train`, `demo` and `compare` get the overrides of SMALL at their end: a smaller
 model, data and budget. `make`, `pip` and the like are not run here; that they are what the Makefile says is checked.
 """
 
@@ -144,7 +144,7 @@ def run(words: list[str], where: str) -> None:
     target = None
     if ">" in words:
         words, target = words[: words.index(">")], words[words.index(">") + 1]
-    if words[1] in ("train", "demo"):
+    if words[1] in ("train", "demo", "compare"):
         words = [*words, *SMALL]
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

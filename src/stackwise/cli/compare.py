@@ -87,7 +87,7 @@ def compare(
 
     \b
     Examples:
-      stackwise compare demo 'demo training.progressive.enabled=false' --seeds 3
+      stackwise compare demo 'demo training.progressive.enabled=false' model.tie_embeddings=false --seeds 3
       stackwise compare append.yaml grow.yaml data.path=my.txt --flops 1e13
       stackwise compare 'my.yaml training.run_id=small' 'my.yaml training.run_id=deep model.architecture.n_stacks=8'
       stackwise compare my.yaml --sweep model.d_model=32,64,96,128 --match tokens
