@@ -63,9 +63,9 @@ def test_settings_that_differ_are_listed_and_places_and_secrets_are_not(run):
 
 def test_a_key_that_one_run_does_not_have_counts_as_its_default(run):
     one, other = run("a"), run("b")
-    other.folder.config.write_text(other.folder.config.read_text() + "evaluation:\n  batches: 7\n")
+    other.folder.config.write_text(other.folder.config.read_text() + "evaluation:\n  passes: 7\n")
     (row,) = differences(labelled([one, other]))
-    assert (row.key, row.values) == ("evaluation.batches", [None, 7])
+    assert (row.key, row.values) == ("evaluation.passes", [4, 7])
 
 
 def test_other_data_other_tokenizers_and_unreadable_settings_are_said(run):
