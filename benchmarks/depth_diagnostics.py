@@ -188,6 +188,7 @@ def run_time(row: Row, text: Path, steps: int, runs: Path) -> tuple[OpenRun, dic
     return opened, {
         "benchmark": "depth-as-time",
         "job": job.name,
+        "steps": steps,
         "loss": scores["nelbo"],
         "flops": meter.flops,
         "cpu_seconds": meter.seconds,
@@ -241,7 +242,7 @@ def work_through(
         if row.kind == "frontier":
             opened, record = run_frontier(row, QUICK if options.quick else FULL, runs)
         else:
-            steps = QUICK_STEPS if options.quick else dat.FULL.steps
+            steps = options.steps or (QUICK_STEPS if options.quick else dat.FULL.steps)
             opened, record = run_time(row, options.data / "input.txt", steps, runs)
         record["depth"]["run"] = row.name
         record = {"row": row.variant, "seed": SEED, **record}
@@ -278,6 +279,12 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     )
     parser.add_argument("--data", type=Path, help="folder with input.txt, for depth as time")
     parser.add_argument("--quick", action="store_true", help="short budgets")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"depth as time: steps of the one-stack control, whose FLOPs are the budget ({dat.FULL.steps})",
+    )
     parser.add_argument("--only", metavar="ROW", help="one row")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "depth-records", help="folder of records")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "depth", help="folder of run folders")

@@ -142,13 +142,14 @@ def _time(records: Sequence[Record], original: Callable[[Record], float | None])
     lines: list[str] = []
     if not runs:
         return lines
-    protocol = runs[0]["depth"]["protocol"]
+    protocol, steps = runs[0]["depth"]["protocol"], sorted({run["steps"] for run in runs})
     lines += [
         "### Depth as time",
         "",
-        f"Characters of a text, one seed, equal FLOPs, {protocol['windows']:,} held-out windows of {protocol['seq_len']} "
+        f"Characters of a text, one seed, equal FLOPs: those of {', '.join(f'{n:,}' for n in steps)} steps of the one-stack control. "
+        f"{protocol['windows']:,} held-out windows of {protocol['seq_len']} "
         f"characters in {protocol['passes']} passes. First time: the NELBO of the same run in the records of "
-        "[depth as time](depth-as-time.md).",
+        "[depth as time](depth-as-time.md), where the budget is the same.",
         "",
         *_table(
             ["", "NELBO", "first time"],
@@ -248,7 +249,8 @@ def draw(path: Path, records: Sequence[Record]) -> None:
             axes.set_xlabel("stack, from the embedding")
             axes.grid(axis="y", color="#dfe3e8", linewidth=0.6)
             axes.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        if runs:
+            figure.legend(loc="outside lower center", ncols=5, frameon=False)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=110)
     ops.write_atomic(path, [picture.getbuffer()], kind="text")
