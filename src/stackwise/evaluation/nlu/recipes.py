@@ -34,11 +34,11 @@ class Recipe:
 
 OF_KIND = {CLASSES: Recipe(), NUMBER: Recipe(), TAGS: Recipe()}
 OF_TASK: dict[str, Recipe] = {
-    "sst2": Recipe(hidden_tokens=0.3, dropout=0.2),
-    "cola": Recipe(),
-    "mrpc": Recipe(hidden_tokens=0.1),
-    "rte": Recipe(hidden_tokens=0.1),
-    "stsb": Recipe(hidden_tokens=0.1),
+    "sst2": Recipe(epochs=5, lr=1e-3, hidden_tokens=0.3, dropout=0.2),
+    "cola": Recipe(epochs=4, lr=1e-3),
+    "mrpc": Recipe(epochs=3, hidden_tokens=0.1),
+    "rte": Recipe(epochs=3, lr=1e-3, hidden_tokens=0.1),
+    "stsb": Recipe(epochs=3, hidden_tokens=0.1),
 }
 
 
