@@ -214,10 +214,11 @@ def test_figures_are_those_of_scikit_learn_by_hand():
 
 def test_a_cut_off_word_is_wrong():
     task = made_task("made", [("t", tags(random.Random(0), 20)), ("d", [
-        {"tokens": ["the", "red"], "tags": ["O", "THING"]}
+        {"tokens": ["the", "red", "dog"], "tags": ["O", "THING", "O"]}
     ])], "dev", {})  # fmt: skip
-    assert metrics.figures(task, [[0, 1]]) == {"accuracy": 1.0, "f1": 1.0}
-    assert metrics.figures(task, [[0]]) == {"accuracy": 0.5, "f1": 0.0}
+    assert metrics.figures(task, [[0, 1, 0]]) == {"accuracy": 1.0, "f1": 1.0}
+    assert metrics.figures(task, [[0, 1]]) == pytest.approx({"accuracy": 2 / 3, "f1": 1.0})
+    assert metrics.figures(task, [[0]]) == pytest.approx({"accuracy": 1 / 3, "f1": 0.0})
 
 
 def test_constant_numbers_correlate_with_nothing():
