@@ -89,3 +89,10 @@ def test_it_runs_from_text_to_the_table_on_the_page(program, data, tmp_path, mon
     own, bag = figures["summary"]["pearson"]["mean"], figures["bag_of_words"]["pearson"]
     assert f"| {model} | stsb, pearson | 12 | {own:.3f}, " in text
     assert f"| {own - bag:+.3f} |" in text
+
+
+def test_the_page_has_the_table_of_the_record(program):
+    record = json.loads((ROOT / "benchmarks/records/nlu.json").read_text())
+    assert program.table(record) in (ROOT / "docs/nlu.md").read_text()
+    assert all(found["parameters"] <= 10e6 for found in record.values())
+    assert all(len(task["seeds"]) == 3 for found in record.values() for task in found["tasks"].values())
