@@ -72,7 +72,7 @@ def work(trained_kinds: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("run", ["tiny", "encoder", "diffused", "told", "deep"])
 def test_every_kind_of_run_learns_every_kind_of_task(cli, work, run):
     words = ("nlu", run, "--tasks", "animals,same,length,tags", "--data", "data")
-    words += ("--seeds", "2", "--epochs", "1")
+    words += ("--seeds", "1", "--epochs", "1")
     done = cli(*words, "--json")
     assert done.code == 0, done.err
     facts = json.loads(done.out)
@@ -81,7 +81,7 @@ def test_every_kind_of_run_learns_every_kind_of_task(cli, work, run):
     assert [task["kind"] for task in found.values()] == ["classes", "classes", "number", "tags"]
     assert found["same"]["labels"] == ["no", "yes"]
     for task in found.values():
-        assert len(task["by_seed"]) == 2
+        assert len(task["by_seed"]) == 1
         assert task["metric"] in task["majority"]
         assert task["metric"] in task["bag_of_words"]
     assert found["animals"]["bag_of_words"]["accuracy"] == 1.0

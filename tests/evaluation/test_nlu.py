@@ -17,6 +17,7 @@ from stackwise.evaluation.nlu.coding import coded, joined, shuffled
 from stackwise.evaluation.nlu.recipes import Recipe, metric_of, recipe_of
 from stackwise.evaluation.nlu.tasks import Task, made_task, read_task
 from stackwise.model.factory import create_simple_rack
+from stackwise.precision.convert import freeze_stack
 
 WORDS = ("red", "blue", "dog", "cat", "sun", "sea")
 RECIPE = Recipe(epochs=6, batch_size=16, lr=3e-3, head_lr=1e-2, lora_lr=1e-2, max_tokens=48)
@@ -135,6 +136,20 @@ def test_adapters_leave_the_rack_as_it_was():
     assert own.keys() == start.keys()
     assert all(torch.equal(own[name], start[name]) for name in start)
     assert metrics.figures(task, tuning.answers(model, scored))["accuracy"] > 0.85
+
+
+def test_frozen_stacks_of_a_run_train_in_full_precision():
+    task = task_of(classes, n=40)
+    train = coded(task, task.train, ByteTokenizer(), max_tokens=48)
+    model = tuning.head_for(task, rack(), RECIPE, 0)
+    (stack,) = model.rack.stacks
+    freeze_stack(stack, "bf16")
+    before = stack.blocks[0].attn.q.weight.float().clone()
+    tuning.tune(model, train, Recipe(epochs=1), method="full", seed=0, hide_id=257, dtype=torch.float32)
+    after = stack.blocks[0].attn.q.weight
+    assert (stack.weight_format, after.dtype) == ("fp32", torch.float32)
+    assert not torch.equal(before, after)
+    assert torch.allclose(before, after, atol=0.02)
 
 
 @pytest.mark.parametrize("make", [classes, pairs, names])

@@ -40,10 +40,13 @@ def figures(task: Task, found: Predictions, rows: Rows | None = None) -> dict[st
         )
     if task.kind == CLASSES:
         average = {"average": "binary", "pos_label": 1} if len(task.labels) == 2 else {"average": "macro"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # all rows are of one class: the correlation is 0
+            matthews = float(metrics.matthews_corrcoef(wanted, found))
         return {
             "accuracy": float(metrics.accuracy_score(wanted, found)),
             "f1": float(metrics.f1_score(wanted, found, zero_division=0.0, **average)),
-            "matthews": float(metrics.matthews_corrcoef(wanted, found)),
+            "matthews": matthews,
         }
     flat = [tag for row in wanted for tag in row]
     lost = len(task.labels)
