@@ -142,18 +142,17 @@ def _time(records: Sequence[Record], original: Callable[[Record], float | None])
     lines: list[str] = []
     if not runs:
         return lines
-    protocol, steps = runs[0]["depth"]["protocol"], sorted({run["steps"] for run in runs})
+    protocol = runs[0]["depth"]["protocol"]
     lines += [
         "### Depth as time",
         "",
-        f"Characters of a text, one seed, equal FLOPs: those of {', '.join(f'{n:,}' for n in steps)} steps of the one-stack control. "
-        f"{protocol['windows']:,} held-out windows of {protocol['seq_len']} "
-        f"characters in {protocol['passes']} passes. First time: the NELBO of the same run in the records of "
-        "[depth as time](depth-as-time.md), where the budget is the same.",
+        f"Characters of a text, one seed, {protocol['windows']:,} held-out windows of {protocol['seq_len']} characters in "
+        f"{protocol['passes']} passes. Budget: the FLOPs of so many steps of the one-stack control. First time: the NELBO of the same "
+        "run in the records of [depth as time](depth-as-time.md), where its budget is the same.",
         "",
         *_table(
-            ["", "NELBO", "first time"],
-            [[_name(run), f"{run['loss']:.4f}", _known(original(run))] for run in runs],
+            ["", "budget", "NELBO", "first time"],
+            [[_name(run), f"{run['steps']:,}", f"{run['loss']:.4f}", _known(original(run))] for run in runs],
         ),
         "",
     ]
