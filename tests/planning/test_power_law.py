@@ -53,9 +53,9 @@ def test_the_unit_of_x_does_not_matter(random):
     x = np.geomspace(1e10, 1e14, 6)
     y = law(x, 2.0, 0.5, 0.25) + random.normal(0, 0.01, len(x))
     one, other = fit_power_law(x, y), fit_power_law(x / 1e12, y)
-    assert other.exponent.value == pytest.approx(one.exponent.value, rel=1e-6)
-    assert other.irreducible.value == pytest.approx(one.irreducible.value, rel=1e-6)
-    np.testing.assert_allclose(other.at([0.5])[0], one.at([5e11])[0])
+    assert other.exponent.value == pytest.approx(one.exponent.value, rel=1e-3)
+    assert other.irreducible.value == pytest.approx(one.irreducible.value, rel=1e-3)
+    np.testing.assert_allclose(other.at([0.5])[0], one.at([5e11])[0], rtol=1e-4)
 
 
 def test_losses_that_do_not_fall_have_no_scale(random):
