@@ -41,14 +41,14 @@ def classes(draw: random.Random, n: int) -> list[dict]:
 
 
 def pairs(draw: random.Random, n: int) -> list[dict]:
-    """The score is how many words the texts share, the label whether they share all."""
+    """The score is 100 and how many words the texts share."""
     rows = []
     for _ in range(n):
         first = draw.sample(WORDS, 3)
         shared = draw.randrange(4)
         second = first[:shared] + draw.sample([w for w in WORDS if w not in first], 3 - shared)
         draw.shuffle(second)
-        rows.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "score": shared})
+        rows.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "score": 100 + shared})
     return rows
 
 
