@@ -1,6 +1,7 @@
 # `make` lists the targets. Everything is installed into .venv by plain pip, at the versions of constraints.txt.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,8 +29,8 @@ types: $(VENV)/.dev ## types: mypy on all of src/
 imports: $(VENV)/.dev ## import rules between the rooms: import-linter
 	$(BIN)/lint-imports
 
-tests: $(VENV)/.dev ## all tests: pytest, on one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+tests: $(VENV)/.dev ## all tests: pytest, JOBS files at a time (2), each on one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 format: $(VENV)/.dev ## format the code and repair what ruff can repair
 	$(BIN)/ruff format

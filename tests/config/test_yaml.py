@@ -263,6 +263,7 @@ PATTERNED = {
         ),
         max_size=3,
     ),
+    "sinks": st.lists(st.sampled_from(["csv", "tensorboard", "trackio", "wandb"]), unique=True),
     "match": st.sampled_from(["embedding", r"stacks\.s0\..*", "(a|b)$"]),
     "custom_params": st.dictionaries(
         st.sampled_from(["nesterov", "amsgrad", "ns_steps", "odd key: é"]),

