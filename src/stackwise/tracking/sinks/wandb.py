@@ -48,7 +48,8 @@ class WandB(AppendOnly):
     def open(self, events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
         import wandb
 
-        known, chosen = _id_in(self.folder), mode()
+        known = _id_in(self.folder)
+        chosen: Any = mode()  # the library's own literal, which is not known without it
         self._run = wandb.init(
             dir=str(self.folder.parent),  # the library adds the name wandb itself
             id=known,
@@ -56,7 +57,7 @@ class WandB(AppendOnly):
             project=self.project,
             name=self.run_id,
             config=dict(config),
-            mode=chosen,  # type: ignore[arg-type]
+            mode=chosen,
             settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
         )
         self.replay(events, self._last_step if known is not None else -1)
