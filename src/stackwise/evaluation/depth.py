@@ -30,6 +30,7 @@ from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader
 from stackwise.evaluation.depth_sums import Sums, View
 from stackwise.evaluation.routes import Route, whole_route
+from stackwise.evaluation.windows import check_windows
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Objective
@@ -83,11 +84,7 @@ def depth(
         )
     if passes < 1:
         raise ValueError(f"passes must be at least 1, got {passes}")
-    if not rack.spec.fits(seq_len):
-        raise ValueError(
-            f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
-        )
-    split.check_vocabulary(rack.spec.vocab_size)
+    check_windows(rack, split, seq_len)
     rows = EvalLoader(
         split,
         seq_len=seq_len,

@@ -10,6 +10,7 @@ import torch
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader
+from stackwise.evaluation.windows import check_windows
 from stackwise.model.rack import Rack
 from stackwise.training.validate import bits_per_byte, validate
 
@@ -66,11 +67,7 @@ def perplexity(
     """
     if not rack.is_causal:
         raise ValueError("perplexity needs a causal rack, and this one attends in both directions")
-    if not rack.spec.fits(seq_len):
-        raise ValueError(
-            f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
-        )
-    split.check_vocabulary(rack.spec.vocab_size)
+    check_windows(rack, split, seq_len)
     windows = EvalLoader(
         split,
         seq_len=seq_len,

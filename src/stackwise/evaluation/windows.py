@@ -14,6 +14,15 @@ from stackwise.model.rack import Rack
 Batch = dict[str, Tensor]
 
 
+def check_windows(rack: Rack, split: TokenSplit, seq_len: int) -> None:
+    """ValueError for windows longer than the rack's `max_seq_len`, DataError for token ids that it does not know."""
+    if not rack.spec.fits(seq_len):
+        raise ValueError(
+            f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
+        )
+    split.check_vocabulary(rack.spec.vocab_size)
+
+
 class Windows:
     """Windows of `seq_len` tokens, without overlap; `batches` limits them to `batches * batch_size`, spread evenly.
 
@@ -33,11 +42,7 @@ class Windows:
         doc_mask: bool = True,
         pad_id: int | None = None,
     ) -> None:
-        if not rack.spec.fits(seq_len):
-            raise ValueError(
-                f"windows of {seq_len} tokens are longer than the model's max_seq_len = {rack.spec.max_seq_len}"
-            )
-        split.check_vocabulary(rack.spec.vocab_size)
+        check_windows(rack, split, seq_len)
         self.seq_len = seq_len
         self._loader = EvalLoader(
             split,
