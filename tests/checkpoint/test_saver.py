@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -152,3 +153,23 @@ def test_buffers_are_used_again_and_no_longer_than_needed(store, make_state):
     assert list(saver._buffers) == [("other/weights", "w")]
     saver.close()
     assert Store(store.root).latest().step == 3
+
+
+def test_nothing_runs_on_after_close(store):
+    """A thread that frees tensors while Python shuts down ends the process by SIGABRT."""
+
+    class Slow:
+        freed = False
+
+        def __del__(self):
+            time.sleep(0.2)
+            Slow.freed = True
+
+    before = set(threading.enumerate())
+    saver, slow = Saver(store), Slow()
+    saver.then(lambda slow=slow: None)
+    del slow
+    saver.close()
+    assert Slow.freed
+    assert set(threading.enumerate()) <= before
+    saver.close()

@@ -22,14 +22,14 @@ def test_a_law_is_found_again_from_exact_points(random, irreducible):
     scale, exponent = random.uniform(0.5, 2), random.uniform(0.1, 0.6)
     x = np.sort(10 ** random.uniform(10, 15, 7))
     fit = fit_power_law(x, law(x, irreducible, scale, exponent))
-    assert fit.exponent.value == pytest.approx(exponent, rel=1e-3)
-    assert fit.irreducible.value == pytest.approx(irreducible, abs=2e-3)
-    assert fit.scale.value == pytest.approx(scale * (fit.x_0 / 1e12) ** -exponent, rel=2e-3)
+    assert fit.exponent.value == pytest.approx(exponent, rel=1e-6)
+    assert fit.irreducible.value == pytest.approx(irreducible, abs=1e-6)
+    assert fit.scale.value == pytest.approx(scale * (fit.x_0 / 1e12) ** -exponent, rel=1e-6)
     best, low, high = fit.at(x)
-    np.testing.assert_allclose(best, law(x, irreducible, scale, exponent), rtol=1e-3)
+    np.testing.assert_allclose(best, law(x, irreducible, scale, exponent), rtol=1e-5)
     assert (low <= best).all()
     assert (best <= high).all()
-    assert fit.residual < 1e-5
+    assert fit.residual < 1e-6
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says(random):

@@ -156,6 +156,10 @@ class Saver:
         finally:
             self._jobs.put(None)
             self._buffers.clear()
+        # It frees the tensors of its last job as it ends; a thread inside torch while Python shuts down aborts the process.
+        if self._thread is not None:
+            self._thread.join(TIMEOUT)
+            self._thread = None
 
     # --- how -----------------------------------------------------------------------------------------------------
 

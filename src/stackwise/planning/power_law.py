@@ -23,7 +23,8 @@ LEAST_POINTS = 4
 """Different values of x: three parameters go through any three points."""
 _RESAMPLES, _LEVEL = 1000, 0.95
 _EXPONENTS = (1e-3, 8.0)
-_GRID, _ROUNDS = 25, 7
+_GRID, _ROUNDS = 25, 11
+"""Each round is six times as fine as the one before: the exponent is found to a part in 10^8."""
 Floats = npt.NDArray[np.float64]
 
 
