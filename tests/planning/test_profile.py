@@ -175,6 +175,14 @@ def test_any_kind_of_run_can_be_profiled(tmp_path, changes):
     assert found.line.most["weights"] == found.measured["parameters"]
 
 
+@pytest.mark.parametrize("memory", ["int8", "int8_nomaster", "fused"])
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_what_an_update_takes_was_planned(tmp_path, kind, memory):
+    changes = {"training__optimizer__optimizer_type": kind, "training__optimizer__memory": memory}
+    found = profile(config(tmp_path, model__d_model=128, training__max_grad_norm=0, **changes), 1, steps=1)
+    assert found.measured["alive"] == pytest.approx(found.planned["alive"], rel=0.03)
+
+
 @pytest.mark.parametrize("stage", [-1, 4, 99])
 def test_a_stage_that_is_not_there_is_refused_with_those_that_are(tmp_path, stage):
     with pytest.raises(

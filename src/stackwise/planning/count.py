@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from stackwise.kernels.linear_cross_entropy import chunk_rows
-from stackwise.planning.fake import fake_tensors
-from stackwise.planning.held import Held, held
-from stackwise.planning.live import LiveBytes
+from stackwise.planning.held import held
 from stackwise.planning.situation import Situation
 from stackwise.planning.trace import HOST, LIVE, trace
-from stackwise.training.muon import BATCH_NUMBERS, Muon
+from stackwise.planning.update import update_bytes
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,10 @@ def count_bytes(situation: Situation) -> StageBytes:
         "buffers": step.most["buffers"],
     }
     always = items["parameters"] + items["moments"] - visiting
-    gradients = own.largest_gradient if settings.memory == "fused" else own.total("gradients")
-    peak = always + max(step.most[LIVE], gradients + visiting + update_bytes(situation, own))
+    peak = always + step.most[LIVE]
+    if settings.memory != "fused":  # there a tensor's step is part of the backward pass
+        update = update_bytes(own.updates, settings, situation.kind)
+        peak = always + max(step.most[LIVE], own.total("gradients") + visiting + update)
     mapped = own.total("weight_bytes", host=True) - own.parked_trained if situation.frozen == "mapped" else 0
 
     def part(name: str) -> int:
@@ -98,25 +98,3 @@ def logits_bytes(situation: Situation) -> int:
     vocab = situation.spec.vocab_size
     rows = situation.loss_rows or chunk_rows(vocab, dtype, situation.kind)
     return min(rows, situation.tokens) * vocab * dtype.itemsize
-
-
-def update_bytes(situation: Situation, own: Held) -> int:
-    """What the optimizer's step takes for a moment on top of weights, gradients and moments.
-
-    Muon works on stacks of matrices of one shape; the others go tensor by tensor, or in place.
-    """
-    if situation.settings.optimizer_type != "Muon" or not own.matrices:
-        return 0
-    most = 0
-    for shape, count in own.matrices.items():
-        at_once = min(count, max(1, BATCH_NUMBERS // (shape[0] * shape[1])))
-        with fake_tensors(situation.kind):
-            matrices = [torch.nn.Parameter(torch.empty(shape)) for _ in range(at_once)]
-            for matrix in matrices:
-                matrix.grad = torch.empty(shape)
-            optimizer = Muon(matrices)
-            optimizer.step()
-            with LiveBytes() as live:
-                optimizer.step()
-            most = max(most, live.peak)
-    return most

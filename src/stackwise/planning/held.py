@@ -16,9 +16,10 @@ from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.split import apply_training
 from stackwise.model.names import PlainNames, adapter_set_of
 from stackwise.planning.situation import Situation, shortened
+from stackwise.planning.update import Update, update_of
 from stackwise.precision.frozen_linear import FrozenLinear
 from stackwise.training.optim_bytes import parameter_bytes
-from stackwise.training.optim_rules import is_block_matrix, memory_of, own_name
+from stackwise.training.optim_rules import memory_of, own_name
 from stackwise.trunk.legality import cache_refusal
 from stackwise.trunk.residency import trains
 
@@ -51,7 +52,7 @@ class Part:
 class Held:
     """All parts of a rack in a stage: those whose home is the device, and those parked in host memory.
 
-    `matrices`: how many matrices of blocks train on the device, by shape; `parked_trained`: bytes of parked weights
+    `updates`: how many tensors train on the device, by how they step; `parked_trained`: bytes of parked weights
     that train. `prefix_blocks` run without gradient; `refusal`: why their outputs may not be stored, null where they may.
     `largest_gradient`, `largest_moments`: of a single tensor on the device.
     """
@@ -62,7 +63,7 @@ class Held:
     refusal: str | None = None
     largest_gradient: int = 0
     largest_moments: int = 0
-    matrices: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    updates: Counter[Update] = field(default_factory=Counter)
     parked_trained: int = 0
 
     def total(self, item: str, *, host: bool = False) -> int:
@@ -108,8 +109,7 @@ def held(situation: Situation) -> Held:
         if place.parked:
             found.parked_trained += size.weights * place.copies
         else:
-            if is_block_matrix(name, tensor):
-                found.matrices[tuple(tensor.shape)] += place.copies
+            found.updates[update_of(name, tensor, optimizer)] += place.copies
             found.largest_gradient = max(found.largest_gradient, size.gradients)
             found.largest_moments = max(found.largest_moments, size.moments)
     return found

@@ -7,6 +7,7 @@ memory, so a rack with few of them is run and the part of the step that belongs 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from stackwise.curriculum.assemble import build_rack
 from stackwise.curriculum.split import apply_training
@@ -27,10 +29,12 @@ from stackwise.objectives.causal import CausalLM
 from stackwise.planning.fake import fake_tensors, without_storage
 from stackwise.planning.live import LiveBytes
 from stackwise.planning.situation import Situation, shortened
+from stackwise.planning.update import one_update, update_of
 from stackwise.precision.fake_quant import fake_quantise
 from stackwise.training.consistency import Aim, Consistency, distance
 from stackwise.training.counting import StepBytes
 from stackwise.training.optim import set_widths
+from stackwise.training.optim_bytes import parameter_bytes
 from stackwise.training.settings import TrainingSettings
 from stackwise.training.stage_setup import StageSetup
 from stackwise.trunk.decide import Decision
@@ -166,12 +170,13 @@ _RUN = Decision(False, "run")
 def _step(situation: Situation, counted: bool = True) -> Step:
     with torch.device("meta"):
         rack = build_rack(situation.spec)
+    updates = _updates(rack, situation) if situation.settings.memory == "fused" else {}
     with fake_tensors(situation.kind):
         without_storage(rack)
-        return _run(rack, situation, counted)
+        return _run(rack, situation, counted, updates)
 
 
-def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
+def _run(rack: Rack, situation: Situation, counted: bool, updates: dict[str, int]) -> Step:
     device = torch.device("cpu")
     split = apply_training(rack, situation.units, situation.alone)
     # The loop's own forward pass; the trunk is run, never read, and the optimizer is not part of a trace.
@@ -190,9 +195,7 @@ def _run(rack: Rack, situation: Situation, counted: bool) -> Step:
         lambda: step.ledger.live.get(HOST, 0) + on_host.bytes,
     )
     marks = _Marks(live, step)
-    freed = []
-    if situation.settings.memory == "fused":
-        freed = [p.register_post_accumulate_grad_hook(_forget) for p in rack.parameters() if p.requires_grad]
+    freed = _update_at_once(rack, updates) if updates else []
     with live, step.counting() if counted else nullcontext():
         _mark_blocks(rack, marks)
         for _ in range(situation.micro_batches):
@@ -244,9 +247,33 @@ class _HostGradients:
             self.bytes += parameter.nbytes
 
 
-def _forget(parameter: Tensor) -> None:
-    """What becomes of a gradient that has been used at once."""
-    parameter.grad = None
+def _updates(rack: Rack, situation: Situation) -> dict[str, int]:
+    """By name: what the step of each parameter takes on the device, moments that visit it for the step included."""
+    settings = situation.settings
+    taken = {}
+    for name, parameter in rack.named_parameters():
+        taken[name] = one_update(update_of(name, parameter, settings), 1, settings, situation.kind)
+        if settings.state_device == "host":
+            taken[name] += parameter_bytes(name, parameter, settings).moments
+    return taken
+
+
+def _update_at_once(rack: Rack, updates: dict[str, int]) -> list[RemovableHandle]:
+    """As `Optimizers.in_backward`: what the step of a tensor takes comes and goes, and so does its gradient."""
+    parked = {p for block in parked_blocks(rack.blocks()) for p in block.parameters()}
+
+    def hook(taken: int) -> Callable[[Tensor], None]:
+        def step(parameter: Tensor) -> None:
+            torch.empty(taken, dtype=torch.uint8)
+            parameter.grad = None
+
+        return step
+
+    return [
+        p.register_post_accumulate_grad_hook(hook(0 if p in parked else updates[name]))
+        for name, p in rack.named_parameters()
+        if p.requires_grad
+    ]
 
 
 def _mark_blocks(rack: Rack, marks: _Marks) -> None:

@@ -38,6 +38,19 @@ def scales_of(part: slice) -> slice:
     return slice(part.start // BLOCK, scale_count(part.stop))
 
 
+def working_bytes(numbers: int, dtype: torch.dtype, device: str, *, coupled: bool = False) -> int:
+    """Bytes that the update of a tensor takes for a moment on a kind of device.
+
+    Three fp32 numbers for each of a piece: both moments, and a root or the codes on their way to a moment. Two more
+    where weight and gradient are bf16, else one where a decay is added to the gradient (`coupled`).
+    """
+    if device in KERNEL_DEVICES and dtype == torch.float32:
+        return 4 * numbers if coupled else 0
+    size = min(numbers, PIECES.get(device, PIECES_ELSEWHERE))
+    fp32_numbers = 3 + (2 if dtype == torch.bfloat16 else coupled)
+    return 4 * (fp32_numbers * size + scale_count(size))
+
+
 @lru_cache(maxsize=1)
 def bitsandbytes_update() -> Callable[..., None] | None:
     """bitsandbytes' update with 8-bit moments; null, with one warning, where it is not installed."""
@@ -121,7 +134,8 @@ class Adam8bit(torch.optim.Optimizer):
         codes = [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
         scales = [state[f"{name}_scale"] for name in ("exp_avg", "exp_avg_sq")]
         generator = None if p.dtype == torch.float32 else self.rounding.generator(p)  # type: ignore[union-attr]
-        for part in pieces(p):
+
+        def update(part: slice) -> None:
             w, g, blocks = weights_N[part].float(), grad_N[part].float(), scales_of(part)
             if not self.decoupled and group["weight_decay"]:
                 g = g.add(w, alpha=group["weight_decay"])
@@ -135,6 +149,9 @@ class Adam8bit(torch.optim.Optimizer):
             quantise(v, codes[1][part], scales[1][blocks], signed=False)
             if generator is not None:
                 weights_N[part] = round_stochastically(w, generator)
+
+        for part in pieces(p):
+            update(part)  # a call, so that the numbers of a piece are gone before the next
 
     def _step_kernel(
         self,
