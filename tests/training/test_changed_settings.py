@@ -363,3 +363,25 @@ def test_require_exact_lets_an_exact_resume_pass_and_no_changed_settings(tiny, s
     with pytest.raises(IncompatibleResumeError, match=r"not bit-exact: training\.max_grad_norm"):
         quiet(tiny(training__max_grad_norm=0.5), allow_change=["training"], require_exact=True)
     assert quiet(tiny(), require_exact=True)["resumed_from"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        ({"training__dtype": "bfloat16"}, False),
+        ({"training__dtype": "float32"}, True),
+        ({"training__progressive__new_stack_precision": "bfloat16"}, False),
+        ({"training__dtype": "bfloat16", "training__progressive__cache_activations": False}, True),
+    ],
+    ids=str,
+)
+def test_outputs_stored_under_narrow_products_make_a_resume_inexact(tiny, stopped, settings, exact):
+    settings = {"training__progressive__cache_activations": True, **settings}
+    stopped(12, **settings)
+    if exact:
+        assert quiet(tiny(**settings), require_exact=True)["resumed_from"]
+        return
+    with pytest.raises(IncompatibleResumeError, match="not bit-exact: stored outputs .*bfloat16 products"):
+        quiet(tiny(**settings), require_exact=True)
+    result = quiet(tiny(**settings))
+    assert [note for note in notes(result["run_dir"]) if "stored outputs of the trunk" in note]

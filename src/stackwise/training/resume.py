@@ -90,7 +90,23 @@ def not_exact(meta: dict[str, Any], here: dict[str, Any], changes: list[Change])
     there = meta.get("environment")
     reasons = ["the commit does not say where it was made"] if there is None else differences(there, here)
     reasons += [f"{c.key} {show(c.old)} -> {show(c.new)}" for c in changes]
+    reasons += _partly_stored(meta, here["dtype"])
     return f"resume is not bit-exact: {', '.join(reasons)}" if reasons else None
+
+
+def _partly_stored(meta: dict[str, Any], dtype: str) -> list[str]:
+    """Stored outputs of the trunk that are lost with the process are computed again, with other rows beside them.
+
+    In fp32 a row comes out the same whatever it is computed with; of narrower products the last bit may differ.
+    """
+    if not meta["progress"]["stores"]:
+        return []
+    used = {stack.get("compute_dtype") or dtype for stack in meta["rack"]["stacks"]} - {"float32"}
+    return [
+        f"stored outputs of the trunk are computed again in other batches, which {name} products show "
+        "(training.progressive.cache_activations)"
+        for name in sorted(used)
+    ]
 
 
 def restore(
