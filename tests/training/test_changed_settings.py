@@ -381,7 +381,7 @@ def test_outputs_stored_under_narrow_products_make_a_resume_inexact(tiny, stoppe
     if exact:
         assert quiet(tiny(**settings), require_exact=True)["resumed_from"]
         return
-    with pytest.raises(IncompatibleResumeError, match="not bit-exact: stored outputs .*bfloat16 products"):
+    with pytest.raises(IncompatibleResumeError, match=r"not bit-exact: stored outputs .*bfloat16 products"):
         quiet(tiny(**settings), require_exact=True)
     result = quiet(tiny(**settings))
     assert [note for note in notes(result["run_dir"]) if "stored outputs of the trunk" in note]
