@@ -1,6 +1,7 @@
 """Kills, full disks, failing syncs and second writers: the store always holds a whole commit."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -331,6 +332,6 @@ def test_a_file_system_without_locks_is_refused(store, monkeypatch):
     def flock(fd, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(LockError, match="local disk"):
         store.lock()

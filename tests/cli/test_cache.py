@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackwise.trunk import files
+from stackwise.storage.lock import FileLock
 from stackwise.trunk.manager import MemoryManager
 
 
@@ -119,7 +119,7 @@ def test_clear_asks(cli, folder, two, monkeypatch):
 
 
 def test_a_store_that_a_run_writes_to_stays(cli, folder, two):
-    lock = files.FolderLock(folder / "cache" / two[0])
+    lock = FileLock(folder / "cache" / two[0] / "LOCK")
     assert lock.acquire()
     result = cli("cache", "clear", "--yes")
     assert result.code == 4

@@ -7,7 +7,6 @@ Needs a POSIX system: flock, and fsync of directories.
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -16,9 +15,8 @@ from pathlib import Path
 
 from stackwise.checkpoint.errors import CheckpointError, LockError, SpaceError
 from stackwise.storage import ops
+from stackwise.storage.lock import FileLock, NoLocksError
 from stackwise.storage.ops import NO_SPACE, Chunk
-
-_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -109,39 +107,27 @@ def read(path: Path, size: int) -> bytearray:
     return buffer[:done] if done < size else buffer
 
 
-def open_lock(path: Path) -> int:
-    """Open the lock file, created if need be, and return its descriptor."""
-    with _explained("open", path):
-        return ops.open_to_change(path, 0o644)
+def take_lock(lock: FileLock, text: str) -> bool:
+    """Take a lock without waiting and write in its file who holds it; False when another process has it.
 
-
-def try_lock(fd: int, path: Path) -> bool:
-    """Take the exclusive lock without waiting. False when another process has it.
-
-    The kernel frees it when the holder dies, so there are no stale locks. Raises LockError where the
-    file system has no locks.
+    Raises LockError where the file system has no locks.
     """
-    with _explained("lock", path):
+    with _explained("lock", lock.path):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+            if not lock.acquire():
+                return False
+        except NoLocksError as error:
             raise LockError(
-                f"the file system of {path.parent} has no file locks ({error.strerror}), so two writers could "
+                f"the file system of {lock.path.parent} has no file locks ({error.strerror}), so two writers could "
                 "damage each other's commits. Set checkpoint.dir to a local disk.",
-                path=path,
+                path=lock.path,
             ) from error
+        try:
+            lock.write(text)
+        except BaseException:
+            lock.release()
+            raise
     return True
-
-
-def fill_lock(fd: int, path: Path, text: str) -> None:
-    """Say in the lock file who holds it."""
-    with _explained("write", path):
-        ops.truncate(fd, 0)
-        ops.pwrite_all(fd, text.encode(), 0)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stackwise.storage import ops
+from stackwise.storage.lock import FileLock
 from stackwise.trunk import files
 from stackwise.trunk.budget import Budget
 from stackwise.trunk.errors import CacheError
@@ -48,7 +49,7 @@ class DiskStore:
         self.header: Header | None = None
         self.damaged = 0
         self.bytes = 0
-        self._lock = files.FolderLock(folder)
+        self._lock = FileLock(folder / "LOCK")
         self._closed = False  # for further entries
         self._entries: Index = {}
         self._checked: set[int] = set()

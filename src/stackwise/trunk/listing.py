@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from stackwise.storage import ops
+from stackwise.storage.lock import FileLock
 from stackwise.trunk import files
 from stackwise.trunk.errors import CacheError, CacheInUseError
 from stackwise.trunk.layout import Header, file_size, folder_bytes, read_index, shard_path
@@ -85,7 +86,7 @@ def verify_store(folder: Path) -> tuple[int, list[str]]:
 
 def remove_store(folder: Path) -> int:
     """Delete the files of a store, the index first; bytes freed. Raises CacheInUseError while somebody writes to it."""
-    lock = files.FolderLock(folder)
+    lock = FileLock(folder / "LOCK")
     if not lock.acquire():
         raise CacheInUseError(
             f"{folder} is being written by another process; stop it or wait until it ends", path=folder

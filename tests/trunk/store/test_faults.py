@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import warnings
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from stackwise.storage import ops
-from stackwise.trunk import disk, files
+from stackwise.storage.lock import FileLock
+from stackwise.trunk import disk
 from stackwise.trunk.errors import CacheError, CacheInUseError
 from stackwise.trunk.layout import Header
 from stackwise.trunk.listing import remove_store, verify_store
@@ -330,15 +332,15 @@ def test_a_forked_child_does_not_keep_the_lock(kit, tmp_path):
     os.read(ready[0], 1)
     store.close()
     try:
-        assert files.FolderLock(store.disk.folder).acquire()
+        assert FileLock(store.disk.folder / "LOCK").acquire()
     finally:
         os.write(go[1], b"x")
         os.waitpid(pid, 0)
 
 
 def test_a_lock_on_a_folder_removed_meanwhile_does_not_count(kit, tmp_path, written):
-    lock = files.FolderLock(written)
-    original = files.fcntl.flock
+    lock = FileLock(written / "LOCK")
+    original = fcntl.flock
     removed = []
 
     def flock(fd, how):
@@ -348,10 +350,10 @@ def test_a_lock_on_a_folder_removed_meanwhile_does_not_count(kit, tmp_path, writ
             (written / "LOCK").touch()
         return original(fd, how)
 
-    files.fcntl.flock = flock
+    fcntl.flock = flock
     try:
         assert lock.acquire()
     finally:
-        files.fcntl.flock = original
-    other = files.FolderLock(written)
+        fcntl.flock = original
+    other = FileLock(written / "LOCK")
     assert not other.acquire(), "the lock is on the file that is there now"

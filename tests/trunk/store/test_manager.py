@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from stackwise.trunk import files
+from stackwise.storage.lock import FileLock
 from stackwise.trunk.listing import list_stores
 from stackwise.trunk.manager import MemoryManager, free_bytes
 from stackwise.trunk.settings import TrunkKeys
@@ -50,7 +50,7 @@ def test_stores_in_use_are_not_removed(kit, tmp_path):
     one = kit.size(tmp_path) // 3
     manager = MemoryManager(3 * one + 300, tmp_path, ram_bytes=0, dtype="float32")
     own = open_store(manager, kit, "a")
-    theirs = files.FolderLock(next(info.path for info in list_stores(tmp_path) if info.used == 2))
+    theirs = FileLock(next(info.path for info in list_stores(tmp_path) if info.used == 2) / "LOCK")
     assert theirs.acquire()
     open_store(manager, kit, "d").write(IDS, kit.entries(12))
     left = {info.name for info in list_stores(tmp_path)}
