@@ -41,6 +41,23 @@ TWICE = "training:\n  progressive: {max_stacks: 3}\n  seed: 1\n  progressive: {m
 
 CONFIGURATION = {
     "a file that is not there": Case("config validate nope.yaml", 2, ("no configuration file 'nope.yaml'",)),
+    "a file misspelt": Case(
+        "plan sub/mine.yml",
+        2,
+        ("no configuration file 'sub/mine.yml'; did you mean 'my-mine.yaml'?",),
+        lambda folder: [(folder / "sub").mkdir(), (folder / "sub/my-mine.yaml").touch()],
+    ),
+    "a file beside others": Case(
+        "plan qqq.yaml",
+        2,
+        ("no configuration file 'qqq.yaml'; '.' holds first.yaml, third.yaml",),
+        put_all(first="", third=""),
+    ),
+    "a word in place of a number": Case("watch demo --port abc", 2, ("'--port'", "integer", "got 'abc'")),
+    "a number that is too large": Case("watch demo --port 70000", 2, ("'--port'", "65535", "got '70000'")),
+    "no such choice": Case(
+        "compare demo --match flop", 2, ("'--match': 'flop' is not one of 'flops', 'tokens'\n",)
+    ),
     "a preset misspelt": Case("config show dmeo", 2, ("no preset", "did you mean 'demo'?")),
     "a folder": Case("train .", 2, ("CONFIG must be a YAML file or a preset", "is a folder")),
     "a run folder": Case(

@@ -11,6 +11,7 @@ import pytest
 from stackwise.tracking.group_report import GroupPage, build_group_report
 from stackwise.tracking.groups import RunGroup, Spread, differences, labelled, warnings_about
 from stackwise.tracking.page import ReportedRun
+from stackwise.tracking.run_sections import key_figures
 
 CONFIG = "model:\n  d_model: {width}\ntraining:\n  run_id: {name}\n  seed: {seed}\nhub_token: s3cret{seed}\n"
 
@@ -137,3 +138,18 @@ def test_a_spread_is_its_mean_where_there_is_no_range():
     assert Spread.of([2.0, 2.0]).text(lambda v: f"{v:.1f}") == "2.0"
     assert Spread.of([1.0, 3.0]).text(lambda v: f"{v:.1f}") == "2.0 (1.0 to 3.0)"
     assert Spread.of([]) is None
+
+
+def test_losses_that_are_bounds_are_called_so(run, tmp_path):
+    exact, other = run("a"), run("b")
+    for event in other.history.evals:
+        event["label"] = "bound"
+    groups = labelled([exact, other])
+    assert any("not the same measure: exact, bound" in text for text in warnings_about(groups))
+    page = build_group_report(groups, tmp_path / "both.html", GroupPage("both")).read_text("utf-8")
+    loss = f"{other.history.eval_loss:.4f}"
+    assert f"{loss} (bound)" in page
+    assert page.count("(bound)") == 1
+    assert warnings_about(groups[:1]) == warnings_about(groups[1:]) == []
+    assert "(bound)" in key_figures(other)
+    assert "(bound)" not in key_figures(exact)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 
@@ -109,11 +110,31 @@ def test_a_damaged_line_in_the_middle_is_named_not_skipped(tmp_path, events):
     lines[3] = lines[3][:-20] + b"\n"
     path.write_bytes(b"".join(lines))
     for use in (read_metrics, lambda path: MetricsFile(path.parent)):
-        with pytest.raises(MetricsError, match=r"metrics\.jsonl line 4: not JSON .*delete line 4"):
+        with pytest.raises(MetricsError, match=r"metrics\.jsonl line 4: not JSON\. .*delete line 4"):
             use(path)
     log = read_metrics(path, strict=False)
     assert log.events == events[:3] + events[4:]
-    assert log.problems[0].startswith("metrics.jsonl line 4: not JSON")
+    assert log.problems == log.listed_problems == ["metrics.jsonl line 4: not JSON"]
+
+
+def test_many_damaged_lines_are_counted_not_listed(tmp_path, events):
+    path = write(tmp_path, events)
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = random.randint(5, len(lines) - 2)
+    path.write_bytes(b"".join([b"\xff\x00no event\n"] * damaged + lines[damaged:]))
+    for use in (read_metrics, lambda path: MetricsFile(path.parent)):
+        with pytest.raises(
+            MetricsError, match=rf"line 1: not JSON\. {damaged - 1} more of its {len(lines)} lines"
+        ):
+            use(path)
+    log = read_metrics(path, strict=False)
+    assert len(log.problems) == damaged
+    assert log.listed_problems == [*log.problems[:3], f"metrics.jsonl: {damaged - 3} more such lines"]
+
+
+def test_a_missing_file_names_what_is_left_of_the_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is missing.*stackwise ckpt ls"):
+        read_metrics(tmp_path)
 
 
 def test_steps_that_fall_back_are_refused(tmp_path, events):

@@ -92,9 +92,11 @@ def test_the_page_holds_the_figures(built, run_events):
     text = " ".join(Page(built[1]).text)
     events = run_events(n_stacks=3)
     for event in events:
-        if event["event"] in ("eval", "stage_end"):
-            loss = event["loss"] if event["event"] == "eval" else event["loss_last"]
-            assert f"{loss:.4f}" in text, event
+        if event["event"] == "eval":
+            assert f"{event['loss']:.4f}" in text, event
+    for stage in range(len(events[0]["stages"])):
+        logged = [e["loss"] for e in events if e["event"] == "step" and e["stage"] == stage]
+        assert f"{logged[0]:.4f} → {logged[-1]:.4f}" in text
     before, after = (
         next(event["loss"] for event in events if event.get("when") == when and event["stage"] == 2)
         for when in ("before_growth", "after_growth")

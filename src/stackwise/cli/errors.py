@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import typer
 
@@ -50,7 +51,7 @@ def explain(error: BaseException) -> str:
             return str(error.format_message())
         context = getattr(error, "ctx", None)
         where = f"\nSee `{context.command_path} --help`." if context is not None else ""
-        return f"error: {error.format_message()}{where}"
+        return f"error: {_worded(error)}{where}"
     if _is_out_of_memory(error) and type(error).__name__ != "OutOfMemory":  # a run's own says more
         return (
             f"error: out of memory ({_first_line(error)}). Lower training.batch_size (raise "
@@ -60,6 +61,17 @@ def explain(error: BaseException) -> str:
         return f"error: {_os_text(error)}"
     name = "" if is_known(error) else f"{type(error).__name__}: "
     return f"error: {name}{error}"
+
+
+def _worded(error: Any) -> str:
+    """typer's message. On a value of the wrong type it is pydantic's, which may leave the value out."""
+    from pydantic import ValidationError
+
+    message = str(error.format_message()).replace("Value error, ", "").removesuffix(".")
+    if not isinstance(error.__cause__, ValidationError):
+        return message
+    value = repr(error.__cause__.errors()[0]["input"])
+    return message if value in message else f"{message}, got {value}"
 
 
 def _os_text(error: OSError) -> str:

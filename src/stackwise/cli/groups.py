@@ -18,7 +18,7 @@ def print_groups(title: str, groups: Sequence[RunGroup], *, caption: str = "") -
     def cell(group: RunGroup, name: str, show: Callable[[float], str], *, spread: bool = False) -> str:
         found = group.figures[name]
         if found is None:
-            return "-"
+            return "–"
         return found.text(show) if spread else show(found.mean)
 
     rows = [
@@ -29,7 +29,7 @@ def print_groups(title: str, groups: Sequence[RunGroup], *, caption: str = "") -
             cell(group, "steps", lambda value: units.steps(round(value))),
             cell(group, "tokens", units.count),
             cell(group, "flops", units.flops),
-            cell(group, "loss", units.loss, spread=True),
+            units.labelled(cell(group, "loss", units.loss, spread=True), group.label_of_loss),
             cell(group, "bits_per_byte", lambda value: f"{value:.3f}"),
             cell(group, "seconds", units.duration),
             cell(group, "peak_bytes", units.size),

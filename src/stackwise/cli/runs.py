@@ -68,7 +68,7 @@ def ls(
             run.path.name,
             run.status,
             units.steps(run.step) + (f"/{units.steps(run.total_steps)}" if run.total_steps else ""),
-            "-" if run.n_stacks is None else str(run.n_stacks),
+            "–" if run.n_stacks is None else str(run.n_stacks),
             units.loss(run.loss),
             units.loss(run.eval_loss),
             units.duration(run.seconds),
@@ -213,7 +213,10 @@ def _print_run(folder: RunFolder, history: RunHistory) -> None:
     }
     print("  " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     print_table(
-        "", VALIDATION_COLUMNS, validation_table(history), caption="Validation losses in nats per token."
+        "",
+        VALIDATION_COLUMNS,
+        validation_table(history),
+        caption=units.labelled("Validation losses in nats per token", history.eval_label) + ".",
     )
     name = shlex.quote(str(folder.path))
     if folder.report.exists():
@@ -233,6 +236,7 @@ def _facts(folder: RunFolder, history: RunHistory) -> dict[str, Any]:
         "total_steps": history.total_steps,
         "loss": history.loss,
         "eval_loss": history.eval_loss,
+        "eval_label": history.eval_label,
         "tokens": history.latest("tokens"),
         "flops": history.latest("flops"),
         "seconds": history.latest("seconds"),
@@ -246,4 +250,4 @@ def _facts(folder: RunFolder, history: RunHistory) -> dict[str, Any]:
 
 
 def _date(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    return "–" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"

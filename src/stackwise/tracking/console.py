@@ -38,6 +38,7 @@ class ConsoleProgress:
         self.progress = Progress()
         self._live: Live | None = None
         self._before: Mapping[str, Any] | None = None  # the evaluation that a growth is measured against
+        self._losses: list[float] = []  # the first and the last that this stage has logged
 
     def emit(self, event: Mapping[str, Any]) -> None:
         self.progress.update(event)
@@ -87,6 +88,7 @@ class ConsoleProgress:
         self._print_facts(facts, style="dim")
 
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
+        self._losses = []
         trained = self.progress.stages[event["stage"]]["trains"] if self.progress.stages else []
         stacks = f"{event['n_stacks']} {'stack' if event['n_stacks'] == 1 else 'stacks'}"
         share = f"{units.count(event['trainable_params'])} of {units.count(event['params'])} parameters train"
@@ -100,6 +102,7 @@ class ConsoleProgress:
             self._print(("  trains " + units.printable(", ".join(trained)), "dim"))
 
     def _on_step(self, event: Mapping[str, Any]) -> None:
+        self._losses = [*self._losses[:1], event["loss"]]
         if self.live:
             return
         progress = self.progress
@@ -174,7 +177,8 @@ class ConsoleProgress:
 
     def _on_stage_end(self, event: Mapping[str, Any]) -> None:
         arrow = "->" if self._ascii else "→"
-        facts = [f"loss {units.loss(event['loss_first'])} {arrow} {units.loss(event['loss_last'])}"]
+        losses = self._losses or [event["loss_first"], event["loss_last"]]
+        facts = [f"training loss {units.loss(losses[0])} {arrow} {units.loss(losses[-1])}"]
         shown = self._before is not None and self._before["step"] == event["step"]
         if event["eval_loss"] is not None and not shown:
             facts.append(f"validation {units.loss(event['eval_loss'])}")
@@ -202,8 +206,7 @@ class ConsoleProgress:
     # Small pieces --------------------------------------------------------------------------------------------------
 
     def _figures(self, event: Mapping[str, Any]) -> list[str]:
-        kind = "" if event["label"] == "exact" else f" ({event['label']})"
-        figures = [f"perplexity {event['perplexity']:.2f}{kind}"]
+        figures = [units.labelled(f"perplexity {event['perplexity']:.2f}", event["label"])]
         if event["bits_per_byte"] is not None:
             figures.append(f"{event['bits_per_byte']:.3f} bits per byte")
         if not self.live or event["when"] == "interval":

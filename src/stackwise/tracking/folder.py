@@ -210,7 +210,7 @@ def _summary(run: RunFolder) -> RunSummary:
     history = RunHistory()
     if run.metrics.exists():
         log = metrics.read_metrics(run.metrics, strict=False)
-        damage += log.problems
+        damage += log.listed_problems
         history = RunHistory.from_events(log.events)
         if log.events and history.start is None:
             damage.append(f"{run.metrics.name}: no run_start event")

@@ -72,7 +72,7 @@ def _table(groups: Sequence[RunGroup]) -> str:
     for group in groups:
         figures = group.figures
         cells = [
-            ("Validation loss", _spread(figures["loss"], units.loss)),
+            ("Validation loss", units.labelled(_spread(figures["loss"], units.loss), group.label_of_loss)),
             ("Against the first", "–" if group is groups[0] else _against(first, figures["loss"])),
             ("Bits per byte", _mean(figures["bits_per_byte"], lambda value: f"{value:.3f}")),
             *((head, _mean(figures[name], shown)) for name, (head, shown) in _COLUMNS.items()),

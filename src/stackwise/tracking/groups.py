@@ -83,6 +83,11 @@ class RunGroup:
         }
 
     @property
+    def label_of_loss(self) -> str | None:
+        """What the validation losses are: exact, bound, part of a bound or pseudo; the same for all runs of a group."""
+        return next((run.eval_label for run in self.counted if run.eval_label), None)
+
+    @property
     def status(self) -> str:
         """done, or how many of the runs are and what became of the others."""
         states = [run.history.status for run in self.runs]
@@ -147,10 +152,9 @@ def warnings_about(groups: Sequence[RunGroup]) -> list[str]:
         found.append(
             f"The runs do not have the same data ({', '.join(other)}), so their losses may not compare."
         )
-    if "training.progressive.training_objective" in apart:
-        found.append(
-            "The runs have different objectives: an exact loss, a bound and a pseudo-likelihood are not the same measure."
-        )
+    kinds = list(dict.fromkeys(group.label_of_loss for group in groups if group.label_of_loss))
+    if len(kinds) > 1:
+        found.append(f"The validation losses are not the same measure: {', '.join(kinds)}.")
     return found
 
 

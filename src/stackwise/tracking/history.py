@@ -37,6 +37,13 @@ class StageHistory:
         return self.get("name") or f"stage {self.index + 1}"
 
     @property
+    def training_losses(self) -> tuple[float | None, float | None]:
+        """The first and the last that was logged (means since the line before), or else of the first and last step."""
+        if self.steps:
+            return self.steps[0]["loss"], self.steps[-1]["loss"]
+        return (self.end["loss_first"], self.end["loss_last"]) if self.end else (None, None)
+
+    @property
     def reached(self) -> bool:
         return self.start is not None or self.end is not None or bool(self.steps)
 
@@ -149,6 +156,11 @@ class RunHistory:
     def eval_loss(self) -> float | None:
         """The last validation loss, nats per token."""
         return self.evals[-1]["loss"] if self.evals else None
+
+    @property
+    def eval_label(self) -> str | None:
+        """What the last validation loss is: exact, bound, part of a bound or pseudo."""
+        return self.evals[-1]["label"] if self.evals else None
 
     def latest(self, name: str) -> Any:
         """``tokens``, ``flops`` or ``seconds`` so far, from the last event that counts the whole run."""

@@ -32,6 +32,8 @@ __all__ = [
 
 FILE_NAME = "metrics.jsonl"
 
+_LISTED = 3  # problems that a person is told of one by one
+
 # After these the line must survive a power cut: a commit, or the end of something, has been announced.
 _DURABLE = {"checkpoint", "stage_end", "run_end"}
 
@@ -47,6 +49,12 @@ class MetricsLog:
     events: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     torn: bool = False
+
+    @property
+    def listed_problems(self) -> list[str]:
+        """The first problems, and how many more there are."""
+        more = len(self.problems) - _LISTED
+        return self.problems[:_LISTED] + ([f"{FILE_NAME}: {more:,} more such lines"] if more > 0 else [])
 
 
 @dataclass
@@ -65,6 +73,10 @@ def read_metrics(path: str | Path, *, strict: bool = True) -> MetricsLog:
     ``problems``. A missing file raises ``FileNotFoundError``.
     """
     path = _file(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing, so nothing is known of how the run went; `stackwise ckpt ls {path.parent}` lists its commits"
+        )
     log = MetricsLog()
     lines = list(_lines(path))
     for line in lines:
@@ -72,15 +84,23 @@ def read_metrics(path: str | Path, *, strict: bool = True) -> MetricsLog:
             log.events.append(line.event)
         elif line is lines[-1]:
             log.torn = True
+        elif strict:
+            raise MetricsError(f"{path} {_damage(lines)}")
         else:
-            message = f"{path.name} line {line.number}: {line.problem}"
-            if strict:
-                raise MetricsError(
-                    f"{path} line {line.number}: {line.problem}. The other lines are intact: "
-                    f"delete line {line.number} and run the command again."
-                )
-            log.problems.append(message)
+            log.problems.append(f"{path.name} line {line.number}: {line.problem}")
     return log
+
+
+def _damage(lines: list[_Line]) -> str:
+    """The first line that is no event, how many others are not, and the way out; the last line may be torn."""
+    bad = [line for line in lines[:-1] if line.event is None]
+    first = f"line {bad[0].number}: {bad[0].problem}"
+    if len(bad) == 1:
+        return f"{first}. The other lines are intact: delete line {bad[0].number} and run the command again."
+    return (
+        f"{first}. {len(bad) - 1:,} more of its {len(lines):,} lines are damaged and the others intact: "
+        "delete the damaged ones and run the command again."
+    )
 
 
 def last_step(path: str | Path) -> int:
@@ -203,10 +223,7 @@ class MetricsFile:
             if line.event is None:
                 if line is lines[-1]:
                     break
-                raise MetricsError(
-                    f"{self.path} line {line.number}: {line.problem}. The checkpoints are not affected and the other "
-                    f"lines are intact: delete line {line.number} and run the command again."
-                )
+                raise MetricsError(f"{self.path} {_damage(lines)} The checkpoints are not affected.")
             step = line.event.get("step")
             if step is not None:
                 if last_step is not None and step > last_step:
@@ -242,8 +259,8 @@ def parse_line(raw: bytes) -> tuple[dict[str, Any] | None, str]:
     """The event of a line, or null and what is wrong with it."""
     try:
         event = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return None, f"not JSON ({error})"
+    except (ValueError, RecursionError):
+        return None, "not JSON"
     if not isinstance(event, dict):
         return None, "not a JSON object"
     event = _decode(event)

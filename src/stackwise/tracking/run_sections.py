@@ -47,7 +47,7 @@ def header(reported: ReportedRun) -> str:
 def notices(reported: ReportedRun) -> str:
     """What the reader must know first: why it failed, what could not be read."""
     run, log = reported.history, reported.log
-    found = [f"Left out, because it cannot be read: {problem}" for problem in log.problems]
+    found = [f"Left out, because it cannot be read: {problem}" for problem in log.listed_problems]
     if log.torn:
         found.append("The last line of metrics.jsonl was cut off while it was written and is left out.")
     failures = [event["message"] for event in run.last_words] if run.status == "failed" else []
@@ -69,7 +69,9 @@ def key_figures(reported: ReportedRun) -> str:
         (
             "Validation loss",
             units.loss(run.eval_loss),
-            f"perplexity {last_eval['perplexity']:.2f}" if last_eval else "not evaluated",
+            units.labelled(f"perplexity {last_eval['perplexity']:.2f}", run.eval_label)
+            if last_eval
+            else "not evaluated",
         ),
         (
             "Bits per byte",

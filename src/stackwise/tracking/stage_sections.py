@@ -20,7 +20,7 @@ def stages(reported: ReportedRun) -> str:
         return ""
     deepest = max((stage.start["total_blocks"] for stage in run.stages if stage.start), default=0)
     rows = "\n".join(_stage_row(stage, deepest) for stage in run.stages)
-    heads = ("Rack", "Stacks", "Trained", "Steps", "Loss", "Validation", "Time", "Counted memory")
+    heads = ("Rack", "Stacks", "Trained", "Steps", "Training loss", "Validation", "Time", "Counted memory")
     cells = "".join(f"<th{' class=left' if head == 'Rack' else ''}>{head}</th>" for head in heads)
     return (
         "<h2>Stages</h2>\n"
@@ -51,19 +51,18 @@ def _stored(run: RunHistory) -> str:
 def _stage_row(stage: StageHistory, deepest: int) -> str:
     end = stage.end
     params, trained = stage.get("params"), stage.get("trainable_params")
-    loss, validation, seconds, memory = "–", None, None, None
+    first, last = stage.training_losses
+    loss = "–" if first is None else f"{units.loss(first)} → {units.loss(last)}"
+    validation, seconds, memory = None, None, None
     if end:
-        loss = f"{units.loss(end['loss_first'])} → {units.loss(end['loss_last'])}"
         validation, seconds, memory = end["eval_loss"], end["seconds"], end["bytes"]["peak"]
-    elif stage.steps:
-        loss = f"{units.loss(stage.steps[0]['loss'])} → {units.loss(stage.steps[-1]['loss'])}"
     trains = ", ".join((stage.plan or {}).get("trains", []))
     cells = [
         ("Rack", _rack(stage, deepest), "left full"),
         ("Stacks", str(stage.get("n_stacks")), ""),
         ("Trained", f"{units.count(trained)} <small>of {units.count(params)}</small>", ""),
         ("Steps", units.steps(stage.get("steps") or 0), ""),
-        ("Loss", loss, ""),
+        ("Training loss", loss, ""),
         ("Validation", units.loss(validation), ""),
         ("Time", units.duration(seconds), ""),
         ("Counted memory", units.size(memory), ""),

@@ -10,6 +10,7 @@ __all__ = [
     "duration",
     "encodable",
     "flops",
+    "labelled",
     "loss",
     "printable",
     "rate",
@@ -74,6 +75,11 @@ def steps(value: int) -> str:
 def loss(value: float | None) -> str:
     """A loss in nats, four decimals."""
     return "–" if value is None else f"{value:.4f}"
+
+
+def labelled(text: str, label: str | None) -> str:
+    """A figure with what its loss is behind it, where that is not exact: ``2.1450 (bound)``."""
+    return text if label in (None, "exact") else f"{text} ({label})"
 
 
 def signed(value: float) -> str:

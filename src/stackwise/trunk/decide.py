@@ -121,7 +121,8 @@ def decide(choice: Choice, refusal: str | None, work: Work, room: Room, rates: R
         rest = "" if fits else f"; there is room for {free}, the rest is computed at every visit"
         return decision(True, f"cache_activations is true, {size} for {work.samples:,} samples{rest}")
     if seen < 2 and not work.later and not work.below:
-        return decision(False, f"each sample comes {seen:.2g} times and no later stage goes on from here")
+        often = "once" if seen == 1 else f"{seen:.2g} times"
+        return decision(False, f"each sample comes {often} and no later stage goes on from here")
     if not fits:
         return decision(False, f"the outputs would take {_bytes(need)} and there is room for {free}")
     if gain <= 0:

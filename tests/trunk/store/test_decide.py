@@ -33,7 +33,7 @@ def test_the_prediction_follows_the_formula():
 
 CASES = {
     "samples come again": ("auto", None, WORK, ROOM, True, r"^stored: 1 GB; each sample comes 3 times; about 403 s"),
-    "one pass": ("auto", None, replace(WORK, visits=1000), ROOM, False, "comes 1 times and no later stage"),
+    "one pass": ("auto", None, replace(WORK, visits=1000), ROOM, False, "comes once and no later stage"),
     "one pass, then another stage": (
         "auto", None, replace(WORK, visits=1000, later=1.0), ROOM, True, "a later stage goes on from here"),
     "one pass over a stored boundary": (
@@ -88,7 +88,7 @@ def test_open_prefix_decides_by_the_stage(kit, tmp_path):
     slow = Rates(1e3, 1e9, 1e9)
     once = open_prefix(manager, rack, 3, choice="auto", visits=12, rates=slow, **given)
     assert once[0] is None
-    assert "comes 1 times" in once[1].reason
+    assert "comes once" in once[1].reason
     cached, decision = open_prefix(manager, rack, 3, choice="auto", visits=12, later=1.0, rates=slow, **given)
     assert decision.use
     assert decision.predicted_bytes == 12 * kit.ENTRY

@@ -6,6 +6,7 @@ from pathlib import Path
 from stackwise.config.errors import did_you_mean
 
 FOLDER = Path(__file__).parent
+_LISTED = 8  # files named where none is spelt nearly so
 
 
 def preset_names() -> list[str]:
@@ -21,7 +22,7 @@ def is_preset_name(text: str) -> bool:
 def locate(name_or_path: str | os.PathLike[str], folder: Path = Path()) -> Path:
     """The file behind a preset's name or a path, which may be relative to `folder`.
 
-    Raises FileNotFoundError, naming the presets where the text could be one.
+    Raises FileNotFoundError, naming what is spelt nearly so, or what there is.
     """
     text = os.fspath(name_or_path)
     if is_preset_name(text) and text in preset_names():
@@ -29,8 +30,21 @@ def locate(name_or_path: str | os.PathLike[str], folder: Path = Path()) -> Path:
     path = folder / Path(os.path.expanduser(text))
     if path.exists():
         return path
-    if not is_preset_name(text):
-        raise FileNotFoundError(f"no configuration file {str(path)!r}")
     names = preset_names()
-    hint = did_you_mean(text, names) or f"the presets are {', '.join(names)}"
-    raise FileNotFoundError(f"no preset and no configuration file {text!r}; {hint}")
+    presets = f"the presets are {', '.join(names)}"
+    if is_preset_name(text):
+        hint = did_you_mean(text, names) or presets
+        raise FileNotFoundError(f"no preset and no configuration file {text!r}; {hint}")
+    beside = _configurations(path.parent)
+    hint = did_you_mean(path.name, beside) or (
+        f"{str(path.parent)!r} holds {', '.join(beside[:_LISTED])}" if beside else presets
+    )
+    raise FileNotFoundError(f"no configuration file {str(path)!r}; {hint}")
+
+
+def _configurations(folder: Path) -> list[str]:
+    """The names of the YAML files in a folder; none where it is missing or closed to us."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
