@@ -140,16 +140,20 @@ def test_a_spread_is_its_mean_where_there_is_no_range():
     assert Spread.of([]) is None
 
 
-def test_losses_that_are_bounds_are_called_so(run, tmp_path):
-    exact, other = run("a"), run("b")
+def test_losses_that_are_bounds_are_called_so_and_not_subtracted_from_exact_ones(run, tmp_path):
+    exact, other = run("a"), run("b", shift=0.25)
     for event in other.history.evals:
         event["label"] = "bound"
     groups = labelled([exact, other])
     assert any("not the same measure: exact, bound" in text for text in warnings_about(groups))
-    page = build_group_report(groups, tmp_path / "both.html", GroupPage("both")).read_text("utf-8")
-    loss = f"{other.history.eval_loss:.4f}"
-    assert f"{loss} (bound)" in page
-    assert page.count("(bound)") == 1
-    assert warnings_about(groups[:1]) == warnings_about(groups[1:]) == []
+    mixed = build_group_report(groups, tmp_path / "both.html", GroupPage("both")).read_text("utf-8")
+    assert mixed.count("<small>bound</small>") == 1
+    assert "+0.2500" not in mixed
+    for event in exact.history.evals:
+        event["label"] = "bound"
+    assert warnings_about(groups) == []
+    bounds = build_group_report(groups, tmp_path / "both.html", GroupPage("both")).read_text("utf-8")
+    assert bounds.count("<small>bound</small>") == 2
+    assert "+0.2500" in bounds
     assert "(bound)" in key_figures(other)
-    assert "(bound)" not in key_figures(exact)
+    assert "(bound)" not in key_figures(run("c"))

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["group_plots"]
 
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
-"""Once the colours are used up, curves are told apart by their dashes."""
+_MARKERS = "oDs"
+"""Neighbours differ by dashes and markers as well, for eyes to which two of the colours are one."""
 _FEW = 3
 """Groups whose names stand in every picture."""
 _AROUND_GROWTH = ("before_growth", "after_growth")
@@ -27,7 +28,7 @@ _AXES = {
         "FLOP",
         "compute",
         "Nats per token. Lines: running mean of the training loss, its range over the seeds "
-        "shaded; dots: validation loss. At one place of the axis all have cost the same.",
+        "shaded; marks: validation loss. At one place of the axis all have cost the same.",
     ),
     "tokens": (
         "tokens",
@@ -83,7 +84,7 @@ def _losses(axes: Axes, groups: Sequence[RunGroup], against: str, unit: str) -> 
     seen: list[float] = []
     ends: list[float] = []
     for i, group in enumerate(groups):
-        colour, dashes = _look(i)
+        colour, dashes, marker = _look(i)
         training = _training(group, against)
         if training.xs:
             axes.fill_between(
@@ -94,7 +95,9 @@ def _losses(axes: Axes, groups: Sequence[RunGroup], against: str, unit: str) -> 
             *thin(training.xs, training.means), color=colour, linestyle=dashes, linewidth=1.5, label=label
         )
         evals = _validation(group, against)
-        axes.plot(evals.xs, evals.means, color=colour, linestyle="none", marker="o", markersize=4, zorder=4)
+        axes.plot(
+            evals.xs, evals.means, color=colour, linestyle="none", marker=marker, markersize=4, zorder=4
+        )
         seen += [value for value in training.means if math.isfinite(value)]
         ends += [value for value in evals.means[-1:] if math.isfinite(value)]
     _crop(axes, seen, ends)
@@ -123,10 +126,9 @@ def _memory(axes: Axes, groups: Sequence[RunGroup]) -> None:
         if point is None:
             continue
         peak, loss = point
-        colour, _ = _look(i)
+        colour, _, marker = _look(i)
         label = units.printable(group.label)
         axes.plot([peak.mean] * 2, [loss.low, loss.high], color=colour, linewidth=1.6)
-        marker = "oDs"[i // len(CYCLE) % 3]
         axes.plot(
             [peak.mean], [loss.mean], linestyle="none", marker=marker, markersize=7, color=colour, label=label
         )
@@ -138,8 +140,10 @@ def _memory(axes: Axes, groups: Sequence[RunGroup]) -> None:
     legend(axes)
 
 
-def _look(index: int) -> tuple[str, object]:
-    return CYCLE[index % len(CYCLE)], _DASHES[index // len(CYCLE) % len(_DASHES)]
+def _look(index: int) -> tuple[str, object, str]:
+    """Colour, dashes and marker; the same three together come again after 18."""
+    form = (index + index // len(CYCLE)) % len(_DASHES)
+    return CYCLE[index % len(CYCLE)], _DASHES[form], _MARKERS[form]
 
 
 def _peak_and_loss(group: RunGroup) -> tuple[Spread, Spread] | None:

@@ -72,8 +72,8 @@ def _table(groups: Sequence[RunGroup]) -> str:
     for group in groups:
         figures = group.figures
         cells = [
-            ("Validation loss", units.labelled(_spread(figures["loss"], units.loss), group.label_of_loss)),
-            ("Against the first", "–" if group is groups[0] else _against(first, figures["loss"])),
+            ("Validation loss", _spread(figures["loss"], units.loss) + _kind(group)),
+            ("Against the first", _against(first, figures["loss"]) if _comparable(group, groups[0]) else "–"),
             ("Bits per byte", _mean(figures["bits_per_byte"], lambda value: f"{value:.3f}")),
             *((head, _mean(figures[name], shown)) for name, (head, shown) in _COLUMNS.items()),
         ]
@@ -98,6 +98,16 @@ def _spread(found: Spread | None, shown: Shown) -> str:
         return "–"
     mean, low, high = (shown(value) for value in (found.mean, found.low, found.high))
     return mean if found.count == 1 else f"{mean}<small>{low} to {high}</small>"
+
+
+def _kind(group: RunGroup) -> str:
+    label = group.label_of_loss
+    return "" if label in (None, "exact") else f"<small>{text(str(label))}</small>"
+
+
+def _comparable(group: RunGroup, first: RunGroup) -> bool:
+    """An exact loss and a bound are not subtracted from each other."""
+    return group is not first and group.label_of_loss == first.label_of_loss
 
 
 def _mean(found: Spread | None, shown: Shown) -> str:

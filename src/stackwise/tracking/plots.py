@@ -23,12 +23,16 @@ def available_plots(run: RunHistory) -> list[Plot]:
     """The plots that ``run`` has data for."""
     plots = []
     if run.steps:
+        told = "Nats per token. The thin line is each logged step, the thick one their running mean within a stage; shaded bands are the stages."
+        if run.growths:
+            told += " Diamonds are the validation loss just before and just after a growth."
+        if len(run.steps) >= _MANY_POINTS:
+            told += " The steep fall at the beginning lies above the picture."
         plots += [
             Plot(
                 "loss_tokens",
                 "Loss against tokens",
-                "Nats per token. The thin line is each logged step, the thick one their running mean within a stage; "
-                "shaded bands are the stages. Diamonds are the validation loss just before and just after a growth.",
+                told,
                 partial(_loss, run=run, against="tokens", unit="tokens"),
                 wide=True,
             ),
@@ -139,6 +143,8 @@ def _memory(axes: Axes, run: RunHistory) -> None:
 
 
 def _throughput(axes: Axes, run: RunHistory) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     _bands(axes, run, "step")
     for stage in run.stages:
         xs, rates = _columns(stage.steps, "step", "tokens_per_s")
@@ -148,6 +154,7 @@ def _throughput(axes: Axes, run: RunHistory) -> None:
     axes.set_ylim(0, 1.3 * (rates[int(0.99 * (len(rates) - 1))] or 1.0))
     axes.set_ylabel("tokens per second")
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: units.tick(value))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
@@ -172,7 +179,7 @@ def _bands(axes: Axes, run: RunHistory, against: str) -> None:
         if len(name) <= room:
             axes.annotate(
                 name, ((left + right) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, -4),
-                textcoords="offset points", ha="center", va="top", fontsize=8.5, color=colour, zorder=6,
+                textcoords="offset points", ha="center", va="top", fontsize=8.5, color=COLOURS["fg"], zorder=6,
                 bbox={"facecolor": COLOURS["paper"], "alpha": 0.7, "edgecolor": "none", "pad": 1},
             )  # fmt: skip
     axes.set_xlim(0, total * 1.006)  # the last marker whole

@@ -61,6 +61,7 @@ def key_figures(reported: ReportedRun) -> str:
     """The figures of the run as it stands."""
     run = reported.history
     last_eval = run.evals[-1] if run.evals else None
+    bits = last_eval["bits_per_byte"] if last_eval else None
     stage = run.stage
     seconds, tokens = run.latest("seconds"), run.latest("tokens")
     n_stacks = stage.get("n_stacks") if stage else None
@@ -75,15 +76,13 @@ def key_figures(reported: ReportedRun) -> str:
         ),
         (
             "Bits per byte",
-            f"{last_eval['bits_per_byte']:.3f}"
-            if last_eval and last_eval["bits_per_byte"] is not None
-            else "–",
-            "on the held-out split",
+            "–" if bits is None else f"{bits:.3f}",
+            "on the held-out split" if bits is not None else "not known" if last_eval else "not evaluated",
         ),
         (
             "Training loss",
             units.loss(run.loss),
-            f"at step {run.step:,}" + (f" of {total:,}" if total else ""),
+            f"at step {run.steps[-1]['step'] if run.steps else 0:,}" + (f" of {total:,}" if total else ""),
         ),
         (
             "Stacks",

@@ -240,8 +240,8 @@ class Stepping:
     def numeric_error(self, what: str, facts: dict[str, Any], advice: str = LOWER) -> NumericError:
         """The error that ends the run, once the facts are written down."""
         kept = "" if self.hooks.failed is None else f"The facts are in {self.hooks.failed(facts)}. "
-        intact = f"The commit of step {self._saved_step} is intact; " if self._saved_step >= 0 else ""
-        return NumericError(f"stopped at {what}. {kept}{intact}{advice}")
+        intact = f"The commit of step {self._saved_step} is intact. " if self._saved_step >= 0 else ""
+        return NumericError(f"stopped at {what}. {kept}{intact}To go on, {advice}.")
 
     def out_of_memory(self, stage: Stage, error: BaseException) -> OutOfMemory:
         """The error to end with. What the step has done by then is not saved by anybody."""
