@@ -15,7 +15,7 @@ from stackwise.objectives.denoiser import Denoiser, denoiser_of
 from stackwise.objectives.depth import stack_noise
 from stackwise.objectives.masked import Masked
 from stackwise.training.device import pick_device
-from stackwise.training.run import make_eval_loader
+from stackwise.training.loaders import make_eval_loader
 from stackwise.training.stored import OpenRun
 from stackwise.training.validate import validate
 

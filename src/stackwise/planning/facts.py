@@ -37,7 +37,7 @@ def data_facts(config: StackWiseConfig, corpus: Corpus | None) -> Data:
             if config.data.tokenizer == "byte":
                 return Data(ByteTokenizer().vocab_size)
     from stackwise.data.prepare import prepare
-    from stackwise.training.run import loader_steps, make_loader
+    from stackwise.training.loaders import loader_steps, make_loader
 
     resolved, _ = resolve(config)
     assert resolved.data.cache_dir is not None

@@ -26,10 +26,10 @@ from stackwise.planning.facts import own_device
 from stackwise.planning.plan import plan_on
 from stackwise.planning.step_bytes import ByteLine, StepRecorder
 from stackwise.tracking.environment import peak_rss_bytes
-from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
+from stackwise.training.device import deterministic, keep_freed_memory, pick_device, pick_dtype
+from stackwise.training.loaders import identity_of, loader_steps, make_loader
 from stackwise.training.loop import Engine
 from stackwise.training.memory import is_out_of_memory
-from stackwise.training.run import deterministic, identity_of, loader_steps, make_loader
 
 if TYPE_CHECKING:
     from stackwise.config.root import StackWiseConfig

@@ -109,3 +109,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 512 << 20)
     except (OSError, AttributeError):
         return  # another C library than glibc: nothing to set, and nothing lost but speed
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Deterministic kernels inside the block, when asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

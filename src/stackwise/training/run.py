@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from stackwise.curriculum.joint import short_phase
 from stackwise.curriculum.specs import first_spec, stage_specs
 from stackwise.curriculum.split import apply_training, trained_units
 from stackwise.data.corpus import Corpus
-from stackwise.data.loader import EvalLoader, TokenLoader
 from stackwise.data.prepare import prepare
 from stackwise.data.reference import reference_lines, tokens_besides
 from stackwise.model.lexical import take_table_of
@@ -41,10 +39,11 @@ from stackwise.tracking.report import build_report
 from stackwise.tracking.sinks.choose import Trackers, check_libraries
 from stackwise.training import state
 from stackwise.training.changes import Change, check_allowed, record
-from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
+from stackwise.training.device import deterministic, keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.errors import GoBack, IncompatibleResumeError, Interrupted
 from stackwise.training.hooks import Hooks
 from stackwise.training.keeper import RunKeeper
+from stackwise.training.loaders import identity_of, loader_steps, make_eval_loader, make_loader
 from stackwise.training.loop import Engine
 from stackwise.training.repair import mend_scores
 from stackwise.training.resume import Where, approved, go_back, not_exact, restore, retention_of
@@ -178,66 +177,6 @@ def train(
             if resolved.tracking.report if report is None else report:
                 build_report(folder.path)
     return _result(engine, folder, commit)
-
-
-def identity_of(
-    config: StackWiseConfig, objective: Objective, corpus: Corpus, device: torch.device, dtype: torch.dtype
-) -> dict[str, str]:
-    """What the stored outputs of a trunk depend on besides the trunk; see `trunk.keys`."""
-    data = config.data
-    return {
-        "tokenizer": corpus.tokenizer.hash,
-        "data": corpus.hash,
-        "rows": f"packing {data.packing}, documents apart {data.doc_mask}",
-        "corruption": repr(objective) if masks(config) else objective.name,
-        "compute": f"{dtype} on {device.type}".removeprefix("torch."),
-    }
-
-
-def make_loader(config: StackWiseConfig, corpus: Corpus) -> TokenLoader:
-    """The training stream of a config."""
-    training, data = config.training, config.data
-    return TokenLoader(
-        corpus.train,
-        seq_len=training.seq_len,
-        batch_size=training.batch_size,
-        seed=training.seed,
-        shuffle=data.shuffle,
-        num_workers=data.num_workers,
-        packing=data.packing,
-        doc_mask=data.doc_mask,
-        pad_id=corpus.tokenizer.pad_id,
-        bucketing=data.bucketing,
-    )
-
-
-def make_eval_loader(config: StackWiseConfig, corpus: Corpus, batches: int | None = None) -> EvalLoader:
-    """One pass over the held-out split (or `batches` batches spread over it)."""
-    return EvalLoader(
-        corpus.validation,
-        seq_len=config.training.seq_len,
-        batch_size=config.evaluation.batch_size or config.training.batch_size,
-        packing=config.data.packing,
-        doc_mask=config.data.doc_mask,
-        pad_id=corpus.tokenizer.pad_id,
-        batches=batches,
-    )
-
-
-def loader_steps(config: StackWiseConfig, loader: TokenLoader) -> int:
-    """Optimizer steps of one pass over the data."""
-    return math.ceil(loader.steps_per_epoch / config.training.gradient_accumulation_steps)
-
-
-@contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """Deterministic kernels inside the block, when asked for."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(on or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _keeper(config: StackWiseConfig, corpus: Corpus, store: Store, metrics: MetricsFile) -> RunKeeper:
