@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stackwise.cli import evaluate_tasks
 from stackwise.cli.main import main
 
 PAIRS = [
@@ -99,7 +100,12 @@ def test_more_draws_of_masks_can_be_asked_of_a_bound_alone(cli, work):
         (["--tasks", "absent.jsonl"], "no task file absent.jsonl"),
         (["--tasks", "quiz.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--tasks", "pairs.jsonl", "--shots", "1"], "minimal pairs have no prompt"),
-        (["--tasks", "quiz.jsonl,quiz.jsonl"], "two task files are called quiz"),
+        (["--tasks", "quiz.jsonl,quiz.jsonl"], "--tasks names quiz.jsonl twice"),
+        (["--tasks", "quiz.jsonl,./quiz.jsonl"], "two task files are called quiz"),
+        (["--tasks", "quizz.jsonl"], "did you mean 'quiz.jsonl'"),
+        (["--tasks", "./elsewhere.jsonl"], "task files there: ask.jsonl, pairs.jsonl, quiz.jsonl"),
+        (["--tasks", "runs/"], "runs/ is a folder"),
+        (["--tasks", "quiz.jsonl", "--out", "quiz.jsonl"], "quiz.jsonl: Not a directory"),
     ],
 )
 def test_what_does_not_fit_is_refused(cli, work, words, message):
@@ -114,6 +120,46 @@ def test_a_name_needs_lm_eval_and_says_how_to_get_it(cli, work, monkeypatch):
     refused = cli("eval", "tiny", "--tasks", "hellaswag")
     assert refused.code == 2
     assert "pip install 'stackwise[eval]'" in refused.err
+
+
+def test_ctrl_c_keeps_the_tasks_that_are_finished(cli, work, tmp_path, monkeypatch):
+    real = evaluate_tasks.run_task
+
+    def stops(task, *args, **options):
+        if task.name == "quiz":
+            raise KeyboardInterrupt
+        return real(task, *args, **options)
+
+    monkeypatch.setattr(evaluate_tasks, "run_task", stops)
+    words = ("eval", "tiny", "--tasks", "pairs.jsonl,quiz.jsonl", "--out", tmp_path)
+    done = cli(*words)
+    assert done.code == 130
+    assert "1 of 2 tasks are finished" in done.err
+    assert "pairs" in done.out
+    (path,) = tmp_path.glob("*.json")
+    assert list(json.loads(path.read_text())["tasks"]) == ["pairs"]
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert cli(*words).code == 0
+    assert [path.name for path in tmp_path.glob("*.json")] == [path.name]  # the same question
+    assert list(json.loads(path.read_text())["tasks"]) == ["pairs", "quiz"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(cli, work, monkeypatch):
+    monkeypatch.setattr(evaluate_tasks, "run_task", lambda *args, **options: pytest.fail("it was scored"))
+    monkeypatch.setattr(
+        "stackwise.evaluation.record.os.access", lambda path, mode: Path(path).name != "closed"
+    )
+    refused = cli("eval", "tiny", "--tasks", "pairs.jsonl", "--out", "closed")
+    assert (refused.code, "Permission denied" in refused.err) == (2, True)
+
+
+def test_how_masked_positions_are_filled_is_part_of_the_protocol(cli, work):
+    facts = json.loads(cli("eval", "diffused", "--tasks", "ask.jsonl", "--json").out)
+    assert facts["protocol"]["generation"]["sampler"] == "confidence"
+    assert facts["protocol"]["generation"]["greedy"] is True
+    facts = json.loads(cli("eval", "tiny", "--tasks", "ask.jsonl", "--json").out)
+    assert facts["protocol"]["generation"] == "greedy"
 
 
 def test_noise_on_embeddings_cannot_say_how_likely_a_text_is(cli, work):
@@ -143,6 +189,7 @@ def test_a_task_in_the_yaml_of_lm_eval_agrees_with_the_file_of_its_rows(cli, wor
     facts = json.loads(done.out)
     own, named = facts["tasks"]["quiz"]["metrics"]["acc"], facts["lm_eval"]["described"]
     assert named["metrics"]["acc"] == own["value"]
+    assert len(facts["lm_eval_files"]["described.yaml"]) == 64
     assert named["standard_errors"]["acc"] == pytest.approx(own["standard_error"])
     Path("code.yaml").write_text("task: !function x.y\n")
     Path("nameless.yaml").write_text("dataset_path: json\n")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+
+from stackwise.cli import evaluate_text
+from stackwise.evaluation.perplexity import Perplexity
 
 
 @pytest.fixture
@@ -51,10 +55,17 @@ def test_results_are_kept_with_all_that_they_depend_on(cli, other):
 
 
 def test_what_does_not_fit_is_refused(cli, other):
+    (other / "tiny.txt").write_text("t")
     for words, message in (
         (["--text", "absent.txt"], "--text: there is no file"),
         (["--text", "other.txt", "--text-key", "body", "--stride", "17"], "--stride 17 would leave out"),
         (["--text-key", "body"], "--text-key goes with --text"),
+        (["--text", "other.txt", "--text-key", "body"], "--text-key body: a text file has no fields"),
+        (
+            ["--text", "tiny.txt"],
+            "the text split has 1 tokens and a row needs 2 (context and next token); give a longer",
+        ),
+        (["--out", "other.txt"], "other.txt: Not a directory"),
         (["--seq-len", "1000"], "longer than the model's max_seq_len"),
         (["--tasks", "x.jsonl", "--stride", "2", "--seq-len", "4"], "--seq-len, --stride is not for --tasks"),
         (["--limit", "2", "--shots", "1"], "--limit, --shots goes with --tasks"),
@@ -62,3 +73,13 @@ def test_what_does_not_fit_is_refused(cli, other):
         refused = cli("eval", "tiny", *words)
         assert refused.code == 2, words
         assert message in refused.err
+
+
+def test_what_is_no_number_is_null_in_json(cli, other, monkeypatch):
+    found = Perplexity(800.0, math.inf, None, tokens=1, windows=1, seq_len=2)
+    monkeypatch.setattr(evaluate_text, "perplexity", lambda *args, **options: found)
+    done = cli("eval", "tiny", "--out", "endless", "--json")
+    (path,) = (other / "endless").iterdir()
+    for text in (done.out, path.read_text()):
+        facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert (facts["nats_per_token"], facts["perplexity"]) == (800.0, None)

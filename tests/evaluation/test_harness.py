@@ -14,7 +14,8 @@ pytest.importorskip("lm_eval")
 
 from stackwise.data.errors import DataError
 from stackwise.data.tokenizers import ByteTokenizer
-from stackwise.evaluation.harness import NativeModel, run_named
+from stackwise.evaluation import harness
+from stackwise.evaluation.harness import NativeModel, known_tasks, run_named
 from stackwise.evaluation.likelihood import CausalScorer
 from stackwise.evaluation.masked_likelihood import MaskedScorer
 from stackwise.evaluation.requests import encode
@@ -70,11 +71,11 @@ def test_lm_eval_finds_what_our_own_tasks_find(quiz, preset):
         doc_to_target="answer",
         metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     )
-    found = run_named(model, [task], shots=None, limit=None)["local"]
+    found = run_named(model, [task], known_tasks([task]), shots=None, limit=None)["local"]
     own = run_task(read_task(quiz), model._scorer, model._tokenizer, model._write)
     assert found["metrics"]["acc"] == own.metrics["acc"].value
     assert (found["n"], found["shots"]) == (20, 0)
-    assert run_named(model, [task], shots=None, limit=7)["local"]["n"] == 7
+    assert run_named(model, [task], known_tasks([task]), shots=None, limit=7)["local"]["n"] == 7
 
 
 def test_whole_texts_are_scored_window_by_window():
@@ -108,4 +109,20 @@ def test_answers_are_written_greedily():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(DataError, match="did you mean 'hellaswag'"):
-        run_named(model_of(), ["helaswag"], shots=None, limit=None)
+        known_tasks(["helaswag"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_two_tasks_of_one_name_are_refused():
+    with pytest.raises(DataError, match="two tasks are called mine"):
+        known_tasks([{"task": "mine"}, {"task": "mine"}])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_task_whose_package_is_missing_says_which(monkeypatch):
+    def lacks(**options):
+        raise ModuleNotFoundError("No module named 'langdetect'")
+
+    monkeypatch.setattr(harness.lm_eval, "simple_evaluate", lacks)
+    with pytest.raises(DataError, match=r"could not run mine: No module named 'langdetect'; install"):
+        run_named(model_of(), [{"task": "mine"}], known_tasks([{"task": "mine"}]), shots=None, limit=None)

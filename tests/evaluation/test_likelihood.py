@@ -174,6 +174,19 @@ def test_masked_scores_do_not_depend_on_the_batch_or_the_company(mc_samples):
     assert alone.nats == pytest.approx(whole[7].nats, abs=1e-5)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_progress_rises_to_all_rows(causal):
+    rack = rack_of() if causal else rack_of("bert_style")
+    scorer = (
+        CausalScorer(rack, 0, batch_size=5) if causal else MaskedScorer(Denoiser(rack, MASK), batch_size=5)
+    )
+    heard: list[tuple[int, int]] = []
+    scorer.score(requests_of(6), progress=lambda done, total: heard.append((done, total)))
+    done = [at for at, _ in heard]
+    assert len({total for _, total in heard}) == 1
+    assert (done, done[-1]) == (sorted(set(done)), heard[0][1])
+
+
 def test_a_bound_hides_other_tokens_under_another_key():
     scorer = MaskedScorer(Denoiser(rack_of("bert_style"), MASK), mc_samples=2)
     texts = [Request((1, 2), (3, 4, 5, 6, 7, 8), key) for key in (0, 0, 1, 2, 3)]

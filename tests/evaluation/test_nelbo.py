@@ -347,6 +347,20 @@ def test_the_result_is_json_able_and_says_what_it_is(split: TokenSplit) -> None:
     ] * 4
 
 
+def test_progress_hears_of_every_batch_of_every_pass(split: TokenSplit) -> None:
+    heard: list[tuple[int, int]] = []
+    nelbo(
+        Denoiser(rack_of(), MASK),
+        split,
+        seq_len=T,
+        batch_size=3,
+        batches=2,
+        passes=3,
+        progress=lambda done, total: heard.append((done, total)),
+    )
+    assert heard == [(n, 6) for n in range(1, 7)]
+
+
 def test_the_error_is_that_of_the_mean_over_passes(split: TokenSplit) -> None:
     denoiser = Denoiser(rack_of(), MASK)
     one, two, both = (nelbo(denoiser, split, seq_len=T, passes=k) for k in (1, 2, 2))

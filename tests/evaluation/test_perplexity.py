@@ -208,3 +208,12 @@ def test_a_text_shorter_than_a_window_is_one_shorter_window() -> None:
 def test_a_stride_leaves_nothing_out(split: TokenSplit, stride: int) -> None:
     with pytest.raises(ValueError, match="must be 1 to seq_len = 16"):
         perplexity(rack_of(), split, seq_len=16, stride=stride)
+
+
+def test_progress_hears_of_every_batch(split: TokenSplit) -> None:
+    heard: list[tuple[int, int]] = []
+    result = perplexity(
+        rack_of(), split, seq_len=16, batch_size=7, progress=lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(n, 5) for n in range(1, 6)]
+    assert result == perplexity(rack_of(), split, seq_len=16, batch_size=7)

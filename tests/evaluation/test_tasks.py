@@ -34,7 +34,7 @@ class ByText:
     def __init__(self, nats: dict[str, float], cut: int = 0) -> None:
         self.nats, self.cut, self.seen = nats, cut, []
 
-    def score(self, requests, *, greedy=False, wheres=None):
+    def score(self, requests, *, greedy=False, wheres=None, progress=None):
         texts = [
             (bytes(i for i in r.context if i < 256).decode(), bytes(r.continuation).decode())
             for r in requests
@@ -178,6 +178,19 @@ def test_generated_text_is_compared_with_all_answers(tmp_path):
     assert (found.label, found.chance) == ("greedy", None)
     with pytest.raises(ValueError, match="needs `write`"):
         run_task(read_task(tmp_path / "g.jsonl"), ByText({}), ByteTokenizer())
+
+
+def test_null_is_the_usual_end_of_an_answer(tmp_path):
+    (item,) = read_task(write(tmp_path / "g.jsonl", {**ASK, "until": None, "max_new_tokens": None})).items
+    assert (item.until, item.max_new_tokens) == (("\n",), 32)
+
+
+def test_a_prompt_that_cannot_be_continued_names_the_row(tmp_path):
+    def refuses(prompt, until, max_new_tokens):
+        raise DataError("no such character", hint="write others")
+
+    with pytest.raises(DataError, match=r"g\.jsonl:1: no such character; write others"):
+        run_task(read_task(write(tmp_path / "g.jsonl", ASK)), ByText({}), ByteTokenizer(), refuses)
 
 
 def test_text_that_the_tokenizer_cannot_spell_names_the_row(tmp_path):

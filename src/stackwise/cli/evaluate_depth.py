@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stackwise.cli.evaluate_text import own_corpus, set_windows
-from stackwise.cli.output import note, print_json, print_table
+from stackwise.cli.output import note, print_json, print_table, progress_bar
 from stackwise.evaluation.depth_file import BATCHES, depth_record, write_depth
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
@@ -37,14 +35,14 @@ def evaluate_depth(
     set_windows(opened, None, None, batch_size)
     corpus = own_corpus(opened)
     opened.rack.to(pick_device("auto"))
-    with _progress() as progress:
+    with progress_bar() as bar:
         record = depth_record(
             opened,
             corpus.validation,
             data=corpus.hash,
             batches=batches or BATCHES,
             batch_size=batch_size,
-            progress=progress,
+            progress=bar("depth"),
         )
     write_depth(opened, record)
     note(f"the figures are in {opened.folder.depth}; `stackwise report {path}` draws them")
@@ -62,18 +60,6 @@ def evaluate_depth(
     for name, meaning in LEGEND.items():
         if shown.get(name, True):
             print(f"  {name:<21}{meaning}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], object]]:
-    """A bar on standard error, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("depth", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_view(view: dict[str, Any], unit: str, label: str) -> None:

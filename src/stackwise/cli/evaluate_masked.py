@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from stackwise.cli.output import print_table
@@ -10,6 +11,7 @@ from stackwise.data.corpus import Corpus
 from stackwise.data.reference import Reference, reference_lines
 from stackwise.evaluation.masked import MaskedScores, masked_scores, pseudo_perplexity
 from stackwise.evaluation.nelbo import Nelbo, nelbo
+from stackwise.evaluation.windows import Progress
 from stackwise.objectives.build import objective_of
 from stackwise.objectives.denoiser import Denoiser, denoiser_of
 from stackwise.objectives.depth import stack_noise
@@ -19,11 +21,13 @@ from stackwise.training.loaders import make_eval_loader
 from stackwise.training.stored import OpenRun
 from stackwise.training.validate import validate
 
+Bar = Callable[[str], Progress]
+
 
 def measure_masked(
-    opened: OpenRun, corpus: Corpus, *, by_time: bool, pseudo_windows: int | None
+    opened: OpenRun, corpus: Corpus, *, by_time: bool, pseudo_windows: int | None, bar: Bar
 ) -> dict[str, Any]:
-    """The figures of a run on the held-out split of a corpus, by name."""
+    """The figures of a run on the held-out split of a corpus, by name. `bar`: see `output.progress_bar`."""
     config = opened.config
     rack = opened.rack.to(pick_device("auto"))
     objective = objective_of(config, corpus.tokenizer.special_ids)
@@ -32,7 +36,7 @@ def measure_masked(
         total, count = validate(rack, make_eval_loader(config, corpus), objective=objective, passes=passes)
         return {"held_out": {"loss": total / count, "weight": count, "label": label_of(config)}}
     denoiser = denoiser_of(rack, config, corpus.tokenizer.special_ids)
-    found = _measure(opened, corpus, denoiser, objective, by_time, pseudo_windows)
+    found = _measure(opened, corpus, denoiser, objective, by_time, pseudo_windows, bar)
     found["reference"] = reference_lines(
         corpus.train, corpus.validation, rack.spec.vocab_size, objective.vocabulary.hidden
     )
@@ -46,6 +50,7 @@ def _measure(
     objective: Masked,
     by_time: bool,
     pseudo_windows: int | None,
+    bar: Bar,
 ) -> dict[str, Any]:
     config, split, special = opened.config, corpus.validation, corpus.tokenizer.special_ids
     windows: dict[str, Any] = {
@@ -57,10 +62,11 @@ def _measure(
     }
     passes = config.evaluation.passes
     if label_of(config) == "bound":
-        found = {"bound": nelbo(denoiser, split, passes=passes, special_ids=special, **windows)}
+        windows |= {"passes": passes, "special_ids": special}
+        found = {"bound": nelbo(denoiser, split, progress=bar("bound"), **windows)}
         if by_time:
             found["by_time"] = nelbo(
-                denoiser, split, passes=passes, special_ids=special, estimator="t", **windows
+                denoiser, split, estimator="t", progress=bar("bound over times"), **windows
             )
         return found
     time = time_of(config)
@@ -69,11 +75,24 @@ def _measure(
     shares: list[Any] = [(p, p) for p in points] if points else [None if time == "none" else (0.0, 1.0)]
     return {
         "masked": [
-            masked_scores(denoiser, objective, split, passes=passes, noise=noise, **windows)
+            masked_scores(
+                denoiser,
+                objective,
+                split,
+                passes=passes,
+                noise=noise,
+                progress=bar("masked tokens"),
+                **windows,
+            )
             for noise in shares
         ],
         "pseudo_perplexity": pseudo_perplexity(
-            denoiser, split, windows=pseudo_windows, special_ids=special, **windows
+            denoiser,
+            split,
+            windows=pseudo_windows,
+            special_ids=special,
+            progress=bar("pseudo-perplexity"),
+            **windows,
         ),
     }
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stackwise.cli.errors import UsageError
-from stackwise.cli.output import note, print_json, print_table
+from stackwise.cli.output import note, print_json, print_table, progress_bar
 from stackwise.config.document import parse
-from stackwise.config.errors import ConfigError
+from stackwise.config.errors import ConfigError, did_you_mean
+from stackwise.data.files import file_sha256
 from stackwise.evaluation.likelihood import scorer_of
-from stackwise.evaluation.record import keep, record_of
+from stackwise.evaluation.record import finite, keep, make_ready, record_of
 from stackwise.evaluation.tasks import limited, names_of, read_task, with_shots
 from stackwise.evaluation.zero_shot import Metric, TaskResult, Write, run_task
 from stackwise.inference.masked_text import infill
@@ -22,6 +24,8 @@ from stackwise.model.modes import eval_mode
 from stackwise.objectives.denoiser import denoiser_of
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
+
+MC_SAMPLES = 16
 
 
 def evaluate_tasks(
@@ -36,65 +40,111 @@ def evaluate_tasks(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Score a run on tasks, print the figures, and with `out` keep them in a file there."""
-    words = [word.strip() for word in listed.split(",") if word.strip()]
-    if not words:
-        raise UsageError(
-            "--tasks names no task; give it files, or names of lm-eval's tasks, with commas between"
-        )
-    described = [word for word in words if word.endswith((".yaml", ".yml"))]
-    files = [word for word in words if Path(word).is_file() and word not in described]
-    names = [word for word in words if word not in files]
-    for name in names:
-        if (name in described or "/" in name or name.endswith((".jsonl", ".json"))) and not Path(
-            name
-        ).is_file():
-            raise UsageError(f"there is no task file {name}; check the spelling")
-    if names and importlib.util.find_spec("lm_eval") is None:
-        raise UsageError(
-            f"{', '.join(names)}: not a file of task rows, and tasks by name or by YAML are those of lm-eval, which is "
-            "not installed: pip install 'stackwise[eval]', or name a local task file"
-        )
+    """Score a run on tasks, print the figures, and with `out` keep them in a file there, task by task.
+
+    All tasks are read before one is scored. Ctrl-C prints those that are finished, and is raised again.
+    """
+    files, described, names = _sorted(listed)
     rack = opened.rack.to(pick_device("auto"))
-    scorer = scorer_of(
-        rack, opened.config, opened.tokenizer, batch_size=batch_size, mc_samples=mc_samples or 16
-    )
+    samples = mc_samples or MC_SAMPLES
+    scorer = scorer_of(rack, opened.config, opened.tokenizer, batch_size=batch_size, mc_samples=samples)
     if mc_samples is not None and scorer.label != "bound":
         raise UsageError(
             f"--mc-samples is for runs whose loss is a bound, and that of this run is {scorer.label}"
         )
     tasks = [limited(with_shots(read_task(file), shots or 0), limit) for file in files]
     names_of(tasks)
+    asked: list[str | dict[str, Any]] = [*names, *(_description(file) for file in described)]
+    if asked:
+        from stackwise.evaluation.harness import VERSION, NativeModel, known_tasks, run_named
+
+        manager = known_tasks(asked)
+    if out is not None:
+        make_ready(out)
     write = writer_of(opened)
-    results = [run_task(task, scorer, opened.tokenizer, write) for task in tasks]
     protocol = {
         "kind": "tasks",
         "likelihood": scorer.label,
         "start_token": scorer.start,
-        "mc_samples": (mc_samples or 16) if scorer.label == "bound" else None,
+        "mc_samples": samples if scorer.label == "bound" else None,
         "limit": limit,
         "dtype": "float32",
-        "generation": "greedy",
+        "generation": "greedy" if rack.is_causal else {"greedy": True, **_sampler(opened.config.generation)},
     }
     found = record_of(path, opened, protocol)
-    found["tasks"] = {result.task: result.to_dict() for result in results}
-    if names:
-        from stackwise.evaluation.harness import VERSION, NativeModel, run_named
-
-        model = NativeModel(scorer, opened.tokenizer, write, rack.spec.max_seq_len)
-        asked = [_description(name) if name in described else name for name in names]
-        found["lm_eval"] = run_named(model, asked, shots=shots, limit=limit)
-        found["versions"]["lm_eval"] = VERSION
-    if out is not None:
-        question = [
-            sorted((name, task["task_hash"]) for name, task in found["tasks"].items()),
-            sorted((name, task["shots"]) for name, task in found.get("lm_eval", {}).items()),
-        ]
-        note(f"the figures are in {keep(out, found, question)}")
+    found["tasks"] = {}
+    hashes = {file: file_sha256(Path(file)) for file in described}
+    question = [
+        sorted((task.name, task.hash) for task in tasks),
+        [*names, *hashes.values(), shots] if asked else [],
+    ]
+    results: list[TaskResult] = []
+    kept: Path | None = None
+    stopped = False
+    with progress_bar() as bar:
+        try:
+            for task in tasks:
+                result = run_task(task, scorer, opened.tokenizer, write, progress=bar(task.name))
+                results.append(result)
+                found["tasks"][task.name] = result.to_dict()
+                kept = out and keep(out, found, question)
+            if asked:
+                model = NativeModel(
+                    scorer, opened.tokenizer, write, rack.spec.max_seq_len, progress=bar("lm-eval")
+                )
+                found["lm_eval"] = run_named(model, asked, manager, shots=shots, limit=limit)
+                found["lm_eval_files"] = hashes
+                found["versions"]["lm_eval"] = VERSION
+                kept = out and keep(out, found, question)
+        except KeyboardInterrupt:
+            stopped = True
+    if stopped:
+        note(f"stopped; {len(results)} of {len(tasks) + len(asked)} tasks are finished")
+    if kept:
+        note(f"the figures are in {kept}")
     if as_json:
-        print_json(found)
-        return
-    _print(path, opened, scorer.label, results, found.get("lm_eval", {}))
+        print_json(finite(found))
+    elif results or "lm_eval" in found:
+        _print(path, opened, scorer.label, results, found.get("lm_eval", {}))
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _sorted(listed: str) -> tuple[list[str], list[str], list[str]]:
+    """The words of --tasks: files of rows, descriptions in lm-eval's YAML, and names of its tasks."""
+    words = [word.strip() for word in listed.split(",") if word.strip()]
+    if not words:
+        raise UsageError(
+            "--tasks names no task; give it files, or names of lm-eval's tasks, with commas between"
+        )
+    for word, count in Counter(words).items():
+        if count > 1:
+            raise UsageError(f"--tasks names {word} twice")
+    described = [word for word in words if word.endswith((".yaml", ".yml"))]
+    files = [word for word in words if Path(word).is_file() and word not in described]
+    names = [word for word in words if word not in (*files, *described)]
+    for name in (*described, *names):
+        path = Path(name)
+        of_file = name in described or "/" in name or name.endswith((".jsonl", ".json"))
+        if of_file and path.is_dir():
+            raise UsageError(f"{name} is a folder; name the files in it ({_task_files(path)})")
+        if of_file and not path.is_file():
+            raise UsageError(f"there is no task file {name}; {_task_files(path.parent, path.name)}")
+    if (names or described) and importlib.util.find_spec("lm_eval") is None:
+        first = [*names, *described][0]
+        here = "" if described else f"; {_task_files(Path(), first)}"
+        raise UsageError(
+            f"{', '.join([*names, *described])}: not a file of task rows, and tasks by name or by YAML are those of "
+            f"lm-eval, which is not installed: pip install 'stackwise[eval]', or name a local task file{here}"
+        )
+    return files, described, names
+
+
+def _task_files(folder: Path, name: str = "") -> str:
+    """The task files of a folder, or the one whose name is nearest."""
+    known = sorted(path.name for path in folder.glob("*.jsonl")) if folder.is_dir() else []
+    shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+    return did_you_mean(name, known) or (f"task files there: {shown}" if known else "no *.jsonl is there")
 
 
 def _description(file: str) -> dict[str, Any]:
@@ -105,6 +155,12 @@ def _description(file: str) -> dict[str, Any]:
     if not isinstance(document.data.get("task"), str):
         raise UsageError(f"{file} describes no task of lm-eval: the key task, its name, is missing")
     return document.data
+
+
+def _sampler(settings: GenerationSettings) -> dict[str, Any]:
+    """What decides how masked positions are filled."""
+    names = ("sampler", "steps", "grid", "block_length", "threshold", "seed")
+    return {name: getattr(settings, name) for name in names}
 
 
 def writer_of(opened: OpenRun) -> Write:

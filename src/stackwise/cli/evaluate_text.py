@@ -8,7 +8,7 @@ from typing import Any
 
 from stackwise.cli.errors import UsageError
 from stackwise.cli.evaluate_masked import measure_masked, print_masked
-from stackwise.cli.output import note, print_json
+from stackwise.cli.output import note, print_json, progress_bar
 from stackwise.config.errors import ConfigError
 from stackwise.config.objective_rules import corruption_of, label_of, masks
 from stackwise.config.root import StackWiseConfig
@@ -17,7 +17,8 @@ from stackwise.data.errors import DataError
 from stackwise.data.prepare import prepare
 from stackwise.data.reading import read_corpus
 from stackwise.evaluation.perplexity import Perplexity, perplexity
-from stackwise.evaluation.record import keep, record_of
+from stackwise.evaluation.record import finite, keep, make_ready, record_of
+from stackwise.evaluation.windows import Progress
 from stackwise.training.device import pick_device
 from stackwise.training.stored import OpenRun
 
@@ -41,11 +42,7 @@ def evaluate_text(
     causal = config.training.progressive.training_objective == "clm"
     _check(config, causal, text, text_key, by_time, pseudo_windows, stride)
     set_windows(opened, seq_len, stride, batch_size)
-    corpus = (
-        own_corpus(opened)
-        if text is None
-        else read_corpus(text, opened.tokenizer, text_key=text_key or "text")
-    )
+    corpus = own_corpus(opened) if text is None else read_corpus(text, opened.tokenizer, text_key=text_key)
     window = config.training.seq_len
     if causal and text is not None and stride is None:
         stride = window  # all of the text is scored, also the end that fills no window
@@ -69,16 +66,19 @@ def evaluate_text(
         "bytes": corpus.validation.n_bytes,
         "documents": corpus.validation.n_documents,
     }
-    if causal:
-        exact = _exact(opened, corpus, stride)
-        found |= exact.to_dict()
-    else:
-        measured = measure_masked(opened, corpus, by_time=by_time, pseudo_windows=pseudo_windows)
-        found |= {name: _jsonable(value) for name, value in measured.items()}
+    if out is not None:
+        make_ready(out)
+    with progress_bar() as bar:
+        if causal:
+            exact = _exact(opened, corpus, stride, bar("windows"))
+            found |= exact.to_dict()
+        else:
+            measured = measure_masked(opened, corpus, by_time=by_time, pseudo_windows=pseudo_windows, bar=bar)
+            found |= {name: _jsonable(value) for name, value in measured.items()}
     if out is not None:
         note(f"the figures are in {keep(out, found, found['data']['hash'])}")
     if as_json:
-        print_json(found)
+        print_json(finite(found))
         return
     what = f"bytes of {text}" if text is not None else "bytes of held-out text"
     print(f"{path}, step {opened.commit.step:,}, on {corpus.validation.n_bytes:,} {what}")
@@ -152,7 +152,7 @@ def own_corpus(opened: OpenRun) -> Corpus:
     return corpus
 
 
-def _exact(opened: OpenRun, corpus: Corpus, stride: int | None) -> Perplexity:
+def _exact(opened: OpenRun, corpus: Corpus, stride: int | None, progress: Progress) -> Perplexity:
     """The likelihood of a causal run."""
     config = opened.config
     return perplexity(
@@ -164,6 +164,7 @@ def _exact(opened: OpenRun, corpus: Corpus, stride: int | None) -> Perplexity:
         packing=config.data.packing,
         doc_mask=config.data.doc_mask,
         pad_id=corpus.tokenizer.pad_id,
+        progress=progress,
     )
 
 

@@ -14,7 +14,7 @@ from stackwise.cli.output import note
 from stackwise.evaluation.nlu.recipes import Recipe, recipe_of
 from stackwise.evaluation.nlu.run import Found, run_task
 from stackwise.evaluation.nlu.tasks import Task
-from stackwise.evaluation.record import keep, record_of
+from stackwise.evaluation.record import keep, make_ready, record_of
 from stackwise.tracking.units import duration
 from stackwise.training.device import keep_freed_memory, pick_device, pick_dtype
 from stackwise.training.stored import OpenRun, open_run
@@ -57,6 +57,8 @@ def run_all(
         for task, recipe in zip(tasks, recipes, strict=True)
     ]
     kept: Path | None = None
+    if out is not None:
+        make_ready(out)
     try:
         for task, recipe in zip(tasks, recipes, strict=True):
             clock.begin(task.name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,25 @@ def documents(count: int) -> str:
 def note(text: str) -> None:
     """A remark that is not part of the result."""
     print(f"note: {printable(text)}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str], Callable[[int, int], object]]]:
+    """A bar on standard error, where that is a terminal. Call it with what is measured next; what it gives back takes how much
+    of that is done, and how much there is.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def begin(name: str) -> Callable[[int, int], object]:
+            bar.reset(task, description=printable(name), total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield begin
 
 
 def watch_folders(folders: Iterable[Path], strict: bool) -> None:

@@ -202,9 +202,13 @@ def make_rows(
 
 def _too_short(split: TokenSplit, needed: int) -> DataError:
     where: Any = split.folder / f"{split.name}.bin" if split.folder else ""
-    key = "data.path" if split.name == "train" else "data.eval_fraction or data.eval_path"
+    if split.name == "text":  # of `read_corpus`, which knows no settings
+        shorter, more = "--seq-len takes shorter windows", "a longer text"
+    else:
+        key = "data.path" if split.name == "train" else "data.eval_fraction or data.eval_path"
+        shorter, more = "lower training.seq_len", f"more text through {key}"
     return DataError(
         f"the {split.name} split has {split.n_tokens} tokens and a row needs {needed} (context and next token)",
         where=str(where),
-        hint=f"lower training.seq_len, or give more text through {key}",
+        hint=f"{shorter}, or give {more}" if needed > 2 else f"give {more}",
     )

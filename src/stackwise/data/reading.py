@@ -17,16 +17,17 @@ KINDS = {".jsonl": "jsonl", ".parquet": "parquet"}
 """Kind of source by the ending of its files; every other ending is plain text."""
 
 
-def read_corpus(name: str, tokenizer: Tokenizer, *, text_key: str = "text") -> Corpus:
+def read_corpus(name: str, tokenizer: Tokenizer, *, text_key: str | None = None) -> Corpus:
     """The text of a file, of the files of a glob, or of a prepared corpus folder, whose held-out split it is.
 
-    A text file is one document, and so is a row of JSONL or Parquet, whose `text_key` holds it; several documents each
+    A text file is one document, and so is a row of JSONL or Parquet, whose `text_key` (null: text) holds it; several documents each
     end with the tokenizer's end-of-text token, as in training. `train` and `validation` of the result are the same
     split: all of the text. Its `hash` tells the text from all others, in every folder.
     FileNotFoundError and DataError name the file, and what is wrong in it.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _no_key(text_key, "a prepared corpus")
         return _prepared(folder, tokenizer)
     files = find_files("--text", [name])
     kinds = {KINDS.get(file.suffix, "text") for file in files}
@@ -36,7 +37,10 @@ def read_corpus(name: str, tokenizer: Tokenizer, *, text_key: str = "text") -> C
             where=f"--text {name}",
             hint="name files of one ending",
         )
-    source = FileSource(kinds.pop(), files, text_key)
+    kind = kinds.pop()
+    if kind == "text":
+        _no_key(text_key, "a text file")
+    source = FileSource(kind, files, text_key or "text")
     try:
         texts = [document for document in source.documents() if document.text]
     except DataError as error:
@@ -73,6 +77,16 @@ def read_corpus(name: str, tokenizer: Tokenizer, *, text_key: str = "text") -> C
         "separator": end,
     }
     return Corpus(folder, manifest, tokenizer, split, split)
+
+
+def _no_key(text_key: str | None, what: str) -> None:
+    """DataError where a field is named and there are none."""
+    if text_key is not None:
+        raise DataError(
+            f"{what} has no fields, so there is nothing to choose by",
+            where=f"--text-key {text_key}",
+            hint=f"leave it out; files with fields end with {' or '.join(KINDS)}",
+        )
 
 
 def _prepared(folder: Path, tokenizer: Tokenizer) -> Corpus:

@@ -19,7 +19,7 @@ embedding, `exit` is the loss with this stack in the owner's place, and only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,7 +30,7 @@ from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader
 from stackwise.evaluation.depth_sums import Sums, View
 from stackwise.evaluation.routes import Route, whole_route
-from stackwise.evaluation.windows import check_windows
+from stackwise.evaluation.windows import Progress, check_windows, unseen
 from stackwise.model.modes import eval_mode
 from stackwise.model.rack import Rack
 from stackwise.objectives.base import Objective
@@ -65,7 +65,7 @@ def depth(
     packing: bool = True,
     doc_mask: bool = True,
     pad_id: int | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = unseen,
 ) -> Depth:
     """Measure a rack over windows of a split, in order, without overlap; `windows`: as many, spread evenly, null all.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from typing import Any
 
 from stackwise.config.objective_rules import label_of, masks
 from stackwise.data.corpus import TokenSplit
 from stackwise.evaluation.depth import depth
-from stackwise.evaluation.record import record_of
+from stackwise.evaluation.record import finite, record_of
 from stackwise.evaluation.routes import routes_of
+from stackwise.evaluation.windows import Progress, unseen
 from stackwise.objectives.build import objective_of
 from stackwise.storage import ops
 from stackwise.training.stored import OpenRun
@@ -26,7 +25,7 @@ def depth_record(
     data: str,
     batches: int = BATCHES,
     batch_size: int | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = unseen,
 ) -> dict[str, Any]:
     """The diagnostics of a stored run on a held-out split, JSON-able; `data` is the hash that names it. Nothing is written.
 
@@ -66,7 +65,7 @@ def depth_record(
         "sums": "float64",
     }
     record = {**record_of(opened.folder.path, opened, protocol), "views": result.to_dict()["views"]}
-    return {name: _finite(value) for name, value in record.items()}
+    return {name: finite(value) for name, value in record.items()}
 
 
 def unit_of(objective: object, label: str) -> str:
@@ -80,12 +79,3 @@ def write_depth(opened: OpenRun, record: dict[str, Any]) -> None:
     """Put the diagnostics into the run folder, whole or not at all."""
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     ops.replace_text(opened.folder.depth, text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """The same, null where a figure is no finite number: JSON knows neither infinity nor NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

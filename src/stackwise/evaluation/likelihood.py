@@ -18,6 +18,7 @@ from stackwise.data.errors import DataError
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.evaluation.masked_likelihood import MaskedScorer
 from stackwise.evaluation.requests import BATCH_TOKENS, Request, Score, Scorer, check_length, sum_by_owner
+from stackwise.evaluation.windows import Progress, unseen
 from stackwise.kernels.linear_cross_entropy import chunk_rows
 from stackwise.model.cache import RackCache
 from stackwise.model.modes import eval_mode
@@ -74,7 +75,12 @@ class CausalScorer:
         self.rack, self.start, self.batch_size = rack, start, batch_size
 
     def score(
-        self, requests: Sequence[Request], *, greedy: bool = False, wheres: Sequence[str] | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        greedy: bool = False,
+        wheres: Sequence[str] | None = None,
+        progress: Progress = unseen,
     ) -> list[Score]:
         """In the order of the requests. DataError for a continuation that is empty or longer than `max_seq_len`."""
         limit = self.rack.spec.max_seq_len
@@ -90,7 +96,7 @@ class CausalScorer:
         firsts = [len(ids) - len(r.continuation) for ids, r in zip(inputs, requests, strict=True)]
         shared = self._shared(rows, firsts)
         with torch.no_grad(), eval_mode(self.rack), computing_in(torch.float32, self.rack.device):
-            cache = self._read(rows, shared)
+            cache, read = self._read(rows, shared), 0
             for batch in _batches(rows, self.batch_size):
                 hidden = self._hidden([ids for ids, _ in batch], shared, cache)
                 members = [(row, i) for row, (_, listed) in enumerate(batch) for i in listed]
@@ -99,6 +105,8 @@ class CausalScorer:
                     r = requests[i]
                     cut = len(r.context) + len(r.continuation) - 1 - len(inputs[i])
                     scores[i] = Score(value, right if greedy else None, cut)
+                read += len(batch)
+                progress(read, len(rows))
         return scores
 
     def _shared(self, rows: list[Row], firsts: list[int]) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stackwise.data.corpus import TokenSplit
-from stackwise.evaluation.windows import Windows
+from stackwise.evaluation.windows import Progress, Windows, unseen
 from stackwise.model.modes import eval_mode
 from stackwise.objectives import masking
 from stackwise.objectives.base import IGNORE, Example, Noise
@@ -63,6 +63,7 @@ def masked_scores(
     doc_mask: bool = True,
     pad_id: int | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: Progress = unseen,
 ) -> MaskedScores:
     """Corrupt the windows of a split as `objective` does, other tokens in each pass, and score the guesses.
 
@@ -84,6 +85,8 @@ def masked_scores(
         packing=packing,
         doc_mask=doc_mask,
         pad_id=pad_id,
+        passes=passes,
+        progress=progress,
     )
     objective = objective.for_evaluation()
     sums = torch.zeros(passes, 3, dtype=torch.float64)  # nats, right guesses, corrupted tokens
@@ -145,11 +148,12 @@ def pseudo_perplexity(
     doc_mask: bool = True,
     pad_id: int | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: Progress = unseen,
 ) -> PseudoPerplexity:
     """Pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659) over `windows` windows spread over the split.
 
     A window takes as many forward passes as it has tokens; null takes windows of about 2048 tokens in all. `special_ids`
-    are never hidden. ValueErrors: nothing to score; those of `Windows`.
+    are never hidden, `progress` hears of every window. ValueErrors: nothing to score; those of `Windows`.
     """
     rack = denoiser.rack
     rows = Windows(
@@ -161,6 +165,7 @@ def pseudo_perplexity(
         packing=packing,
         doc_mask=doc_mask,
         pad_id=pad_id,
+        progress=progress,
     )
     nats, right, tokens = 0.0, 0, 0
     with torch.no_grad(), eval_mode(rack), computing_in(dtype, rack.device):

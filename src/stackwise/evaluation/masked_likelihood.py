@@ -17,6 +17,7 @@ from torch import Tensor
 from stackwise.data.errors import DataError
 from stackwise.evaluation.nelbo import SEED
 from stackwise.evaluation.requests import BATCH_TOKENS, Request, Score, check_length, sum_by_owner
+from stackwise.evaluation.windows import Progress, unseen
 from stackwise.model.modes import eval_mode
 from stackwise.objectives import bits, masking
 from stackwise.objectives.base import IGNORE, Example
@@ -47,7 +48,12 @@ class MaskedScorer:
         self.label = "pseudo" if mc_samples is None else "bound"
 
     def score(
-        self, requests: Sequence[Request], *, greedy: bool = False, wheres: Sequence[str] | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        greedy: bool = False,
+        wheres: Sequence[str] | None = None,
+        progress: Progress = unseen,
     ) -> list[Score]:
         """In the order of the requests. DataError for a continuation without a token that can be hidden, or too long."""
         rack = self.denoiser.rack
@@ -61,14 +67,16 @@ class MaskedScorer:
             by_length.setdefault(len(ids), []).extend(self._draws(number, ids, request, greedy, where))
         nats = torch.zeros(len(requests), dtype=torch.float64)
         best = torch.ones(len(requests), dtype=torch.bool)
+        read, total = 0, sum(map(len, by_length.values()))
         with torch.no_grad(), eval_mode(rack), computing_in(torch.float32, rack.device):
-            for (
-                length,
-                rows,
-            ) in by_length.items():  # rows of one length need no padding, which a rack might see
+            # Rows of one length need no padding, which a rack might see.
+            for length, rows in by_length.items():
                 step = self.batch_size or max(1, BATCH_TOKENS // length)
                 for at in range(0, len(rows), step):
-                    self._add(rows[at : at + step], nats, best)
+                    some = rows[at : at + step]
+                    self._add(some, nats, best)
+                    read += len(some)
+                    progress(read, total)
         return [
             Score(-value, right if greedy else None, cut)
             for value, right, cut in zip(nats.tolist(), best.tolist(), cuts, strict=True)

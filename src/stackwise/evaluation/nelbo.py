@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.reference import tokens_besides
-from stackwise.evaluation.windows import Windows
+from stackwise.evaluation.windows import Progress, Windows, unseen
 from stackwise.model.modes import eval_mode
 from stackwise.objectives import masking
 from stackwise.objectives.base import IGNORE, Example, Noise
@@ -92,6 +92,7 @@ def nelbo(
     dtype: torch.dtype = torch.float32,
     estimator: str = "count",
     counts: str = "even",
+    progress: Progress = unseen,
 ) -> Nelbo:
     """The bound over the windows of a split, in order, without overlap.
 
@@ -102,7 +103,7 @@ def nelbo(
     windows. `special_ids` are never masked.
 
     The same call gives the same figure, and in float32 it does not depend on `batch_size` (up to 1e-6). `batches`
-    limits the work to `batches * batch_size` windows spread over the split. ValueErrors: an unknown estimator or kind of
+    limits the work to `batches * batch_size` windows spread over the split; `progress` hears of every batch. ValueErrors: an unknown estimator or kind of
     counts; stacks that learned single shares of masked tokens; those of `Windows`.
     """
     if estimator not in ("count", "t"):
@@ -124,6 +125,8 @@ def nelbo(
         packing=packing,
         doc_mask=doc_mask,
         pad_id=pad_id,
+        passes=passes,
+        progress=progress,
     )
     common: dict[str, Any] = {
         "vocabulary": Vocabulary(rack.spec.vocab_size, denoiser.mask_id, tuple(special_ids)),

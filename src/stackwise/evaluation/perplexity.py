@@ -10,7 +10,7 @@ import torch
 
 from stackwise.data.corpus import TokenSplit
 from stackwise.data.loader import EvalLoader
-from stackwise.evaluation.windows import check_windows
+from stackwise.evaluation.windows import Progress, check_windows, unseen, watched
 from stackwise.model.rack import Rack
 from stackwise.training.validate import bits_per_byte, validate
 
@@ -51,6 +51,7 @@ def perplexity(
     pad_id: int | None = None,
     dtype: torch.dtype = torch.float32,
     rows_per_chunk: int | None = None,
+    progress: Progress = unseen,
 ) -> Perplexity:
     """Evaluate a causal rack over the windows of a split, in order.
 
@@ -60,7 +61,7 @@ def perplexity(
     as the document has: the smaller the stride, the nearer to the model's best, and the dearer, by seq_len / stride.
     `packing`, `doc_mask` and `pad_id` are those of the training data. The mean is weighted by tokens and summed in float64: in float32 it does
     not depend on `batch_size` (up to 1e-6), and the same call gives the same figure. `batches` limits the work to
-    `batches * batch_size` windows spread over the split; null is all of it.
+    `batches * batch_size` windows spread over the split; null is all of it. `progress` hears of every batch.
 
     ValueErrors: a rack that is not causal, windows longer than its `max_seq_len`, a stride longer than a window. DataErrors:
     token ids that it does not know, a split that fills no window.
@@ -78,7 +79,7 @@ def perplexity(
         doc_mask=doc_mask,
         pad_id=pad_id,
     )
-    nll, tokens = validate(rack, windows, dtype=dtype, rows_per_chunk=rows_per_chunk)
+    nll, tokens = validate(rack, watched(windows, progress), dtype=dtype, rows_per_chunk=rows_per_chunk)
     mean = nll / tokens
     return Perplexity(
         nats_per_token=mean,

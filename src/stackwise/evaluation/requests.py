@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stackwise.data.errors import DataError
 from stackwise.data.tokenizers import Tokenizer
+from stackwise.evaluation.windows import Progress, unseen
 
 BATCH_TOKENS = 2048
 """Tokens that are computed together where the number of rows is not given."""
@@ -41,7 +42,7 @@ class Score:
 class Scorer(Protocol):
     """`label`: exact, pseudo or bound. `start`: the token that stands before a text without context, if any.
 
-    `wheres`: where each request comes from, for errors.
+    `wheres`: where each request comes from, for errors. `progress` hears of rows: those that are read, and all.
     """
 
     @property
@@ -51,7 +52,12 @@ class Scorer(Protocol):
     def start(self) -> int | None: ...
 
     def score(
-        self, requests: Sequence[Request], *, greedy: bool = False, wheres: Sequence[str] | None = None
+        self,
+        requests: Sequence[Request],
+        *,
+        greedy: bool = False,
+        wheres: Sequence[str] | None = None,
+        progress: Progress = unseen,
     ) -> list[Score]: ...
 
 

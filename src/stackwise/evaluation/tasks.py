@@ -167,15 +167,16 @@ def _choice(row: dict[str, Any], where: str) -> Item:
 
 
 def _generation(row: dict[str, Any], where: str) -> Item:
-    answers, until = row["answer"], row.get("until", list(UNTIL))
+    answers, until, new = row["answer"], row.get("until"), row.get("max_new_tokens")
     answers = [answers] if isinstance(answers, str) else answers
+    until = list(UNTIL) if until is None else until
+    new = MAX_NEW_TOKENS if new is None else new
     for name, texts in (("answer", answers), ("until", until)):
         if not isinstance(texts, list) or (name == "answer" and not texts):
             raise DataError(f"{name} must be a list of texts, got {show(texts)}", where=where)
         for text in texts:
             # blanks may end an answer, but are none
             _check_text(name, text, where, empty=name == "until" and text != "")
-    new = row.get("max_new_tokens", MAX_NEW_TOKENS)
     if isinstance(new, bool) or not isinstance(new, int) or new < 1:
         raise DataError(f"max_new_tokens must be at least 1, got {show(new)}", where=where)
     prompt = _text(row, "prompt", where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from stackwise.data.loader import EvalLoader
 from stackwise.model.rack import Rack
 
 Batch = dict[str, Tensor]
+Progress = Callable[[int, int], object]
+"""Hears how much of a long measurement is done, and how much there is."""
+
+
+def unseen(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
+def watched(batches: EvalLoader, progress: Progress) -> Iterator[Batch]:
+    """The batches of a loader, once; `progress` hears of each when the next one is asked for."""
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress(done, len(batches))
 
 
 def check_windows(rack: Rack, split: TokenSplit, seq_len: int) -> None:
@@ -26,7 +39,7 @@ def check_windows(rack: Rack, split: TokenSplit, seq_len: int) -> None:
 class Windows:
     """Windows of `seq_len` tokens, without overlap; `batches` limits them to `batches * batch_size`, spread evenly.
 
-    `packing`, `doc_mask` and `pad_id` are those of the training data. ValueErrors: windows longer than the rack's
+    `progress` hears of every batch of all `passes`. `packing`, `doc_mask` and `pad_id` are those of the training data. ValueErrors: windows longer than the rack's
     `max_seq_len`, token ids it does not know.
     """
 
@@ -41,9 +54,11 @@ class Windows:
         packing: bool = True,
         doc_mask: bool = True,
         pad_id: int | None = None,
+        passes: int = 1,
+        progress: Progress = unseen,
     ) -> None:
         check_windows(rack, split, seq_len)
-        self.seq_len = seq_len
+        self.seq_len, self.passes, self._progress = seq_len, passes, progress
         self._loader = EvalLoader(
             split,
             seq_len=seq_len,
@@ -61,8 +76,9 @@ class Windows:
     def of_pass(self, number: int) -> Iterator[Batch]:
         """The batches, with the pass as `draws` [B] and the numbers of the windows as `places` [B]."""
         place = 0
-        for batch in self._loader:
+        for done, batch in enumerate(self._loader, 1 + number * len(self._loader)):
             rows = len(batch["input_ids"])
             places = torch.arange(place, place + rows)
             place += rows
             yield {**batch, "draws": torch.full_like(places, number), "places": places}
+            self._progress(done, self.passes * len(self._loader))

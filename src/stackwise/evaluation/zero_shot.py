@@ -11,6 +11,7 @@ from stackwise.data.errors import DataError
 from stackwise.data.tokenizers import Tokenizer
 from stackwise.evaluation.requests import Score, Scorer, encode
 from stackwise.evaluation.tasks import DELIMITER, GENERATION, PAIRS, Task
+from stackwise.evaluation.windows import Progress, unseen
 
 Write = Callable[[str, Sequence[str], int], str]
 """Continues a prompt greedily up to one of some texts, or for so many tokens; gives the new text."""
@@ -51,15 +52,22 @@ class TaskResult:
         return asdict(self)
 
 
-def run_task(task: Task, scorer: Scorer, tokenizer: Tokenizer, write: Write | None = None) -> TaskResult:
+def run_task(
+    task: Task,
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    write: Write | None = None,
+    *,
+    progress: Progress = unseen,
+) -> TaskResult:
     """Score all rows. DataError, naming the row, for text that the tokenizer cannot spell or the model cannot read.
 
-    A task of generation without `write` is a ValueError.
+    A task of generation without `write` is a ValueError. `progress` hears how much of the work is done.
     """
     if task.kind == GENERATION:
         if write is None:
             raise ValueError(f"the task {task.name} generates text, which needs `write`")
-        return _generated(task, write)
+        return _generated(task, write, progress)
     requests, wheres = [], []
     for key, item in enumerate(task.items):
         for option in item.options:
@@ -68,7 +76,7 @@ def run_task(task: Task, scorer: Scorer, tokenizer: Tokenizer, write: Write | No
             except DataError as error:
                 raise DataError(error.message, where=item.where, hint=error.hint) from None
             wheres.append(item.where)
-    scores = iter(scorer.score(requests, wheres=wheres))
+    scores = iter(scorer.score(requests, wheres=wheres, progress=progress))
     best, by_bytes, cut = [], [], 0
     for item in task.items:
         found: list[Score] = [next(scores) for _ in item.options]
@@ -91,10 +99,14 @@ def _wins(values: list[float], right: int, kind: str) -> bool:
     return values.index(max(values)) == right
 
 
-def _generated(task: Task, write: Write) -> TaskResult:
+def _generated(task: Task, write: Write, progress: Progress) -> TaskResult:
     equal, within = [], []
-    for item in task.items:
-        text = write(item.prompt, item.until, item.max_new_tokens)
+    for number, item in enumerate(task.items, 1):
+        try:
+            text = write(item.prompt, item.until, item.max_new_tokens)
+        except DataError as error:
+            raise DataError(error.message, where=item.where, hint=error.hint) from None
+        progress(number, len(task.items))
         equal.append(text.strip() in [answer.strip() for answer in item.answers])
         within.append(any(answer.strip() in text for answer in item.answers))
     metrics = {"exact_match": Metric.of(equal), "contains": Metric.of(within)}
