@@ -17,11 +17,13 @@ __all__ = [
     "remaining",
     "signed",
     "size",
+    "spelled",
     "steps",
     "stored",
     "tick",
 ]
 
+_ASCII = str.maketrans({"–": "-", "→": "->", "·": ",", "…": "...", "±": "+-", "×": "x"})
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -119,6 +121,15 @@ def printable(text: str) -> str:
 def encodable(text: str, encoding: str) -> str:
     """``text`` with what ``encoding`` lacks as ``\\u2192``-style escapes: a terminal must never end a run."""
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def spelled(text: str, encoding: str) -> str:
+    """Words of ours, with dashes and arrows as ASCII where ``encoding`` lacks them; the rest is ``encodable``."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_ASCII)
+    return encodable(text, encoding)
 
 
 def _visible(char: str) -> str:
