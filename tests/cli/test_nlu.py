@@ -166,6 +166,11 @@ OTHER = {"sentence": "the dog", "label": 0}
         (["--tasks", "animals", "--split", "test"], "has no test.jsonl"),
         (["--tasks", "animals", "--lr", "0"], "--lr must be a number above 0"),
         (["--tasks", "animals", "--lr", "1", "--method", "probe"], "--lr has no meaning for --method probe"),
+        (
+            ["--tasks", "animals", "--epochs", "1", "--seeds", "3", "--method", "probe"],
+            "--epochs, --seeds has no meaning for --method probe",
+        ),
+        (["--tasks", "animals", "--out", "text.txt"], "text.txt: Not a directory"),
     ],
 )
 def test_what_does_not_fit_is_refused(cli, work, words, message):

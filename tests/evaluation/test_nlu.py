@@ -18,6 +18,7 @@ from stackwise.evaluation.nlu.recipes import Recipe, metric_of, recipe_of
 from stackwise.evaluation.nlu.tasks import Task, made_task, read_task
 from stackwise.model.factory import create_simple_rack
 from stackwise.precision.convert import freeze_stack
+from stackwise.training.errors import NumericError
 
 WORDS = ("red", "blue", "dog", "cat", "sun", "sea")
 RECIPE = Recipe(epochs=6, batch_size=16, lr=3e-3, head_lr=1e-2, lora_lr=1e-2, max_tokens=48)
@@ -239,6 +240,46 @@ def test_a_cut_off_word_is_wrong():
 def test_constant_numbers_correlate_with_nothing():
     task = task_of(pairs)
     assert metrics.majority(task) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def of_labels(*labels: int, text: str = "w{}") -> Task:
+    rows = [{"sentence": text.format(label), "label": label} for label in labels]
+    return made_task("made", [("t", rows), ("d", rows[:1] + rows[-1:])], "dev", {})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("labels", [(0, 1), (0, 1, 2), (0,) * 9 + (1,), (0,) * 9 + (1,) + (2,) * 4], ids=str)
+def test_few_rows_of_a_class_are_enough_for_a_bag_of_words(labels):
+    assert 0.5 <= metrics.bag_of_words(of_labels(*labels))["accuracy"] <= 1.0
+
+
+def test_a_strength_is_chosen_in_folds_that_have_every_class_of_several_rows():
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    y = [0] * 9 + [1] + [2] * 4
+    search = metrics.chosen(LogisticRegression(), {"C": [1.0]}, "classes", y, "accuracy")
+    assert len(search.cv) == 4
+    for learned, asked in search.cv:
+        assert {y[i] for i in learned} == {y[i] for i in asked} == {0, 2}
+    assert isinstance(metrics.chosen(Ridge(), {"alpha": [1.0]}, "number", [1.0], "r2"), Ridge)
+    assert metrics.chosen(Ridge(), {"alpha": [1.0]}, "number", [1.0] * 9, "r2").cv.n_splits == 5
+
+
+def test_texts_without_a_word_leave_the_majority():
+    task = of_labels(0, 1, 1, text="?! ")
+    assert metrics.bag_of_words(task) == metrics.majority(task)
+
+
+def test_a_single_row_of_a_class_can_be_probed():
+    task = of_labels(0, 1)
+    rows = [coded(task, part, ByteTokenizer(), max_tokens=8) for part in (task.train, task.scored)]
+    assert set(probing.probe(tuning.head_for(task, rack(), Recipe(), 0), *rows)) <= {0, 1}
+
+
+def test_a_rate_at_which_learning_breaks_down_is_told():
+    task = task_of(classes, n=60)
+    with pytest.raises(NumericError, match="not finite: its learning rate is too high"):
+        score(task, recipe=Recipe(epochs=2, lr=1e30, head_lr=1e30))
 
 
 def test_known_tasks_have_their_own_figure_and_recipe(tmp_path: Path):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from stackwise.evaluation.nlu.run import Found
     from stackwise.evaluation.nlu.tasks import Task
 
+SEEDS = 3
+
 
 def nlu(
     run: Run,
@@ -43,7 +45,10 @@ def nlu(
             help="Rows that are scored; holdout: the last tenth of the training rows, for choosing settings.",
         ),
     ] = "dev",
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Tune so many times anew.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", metavar="N", min=1, help="Tune so many times anew; 3 by default, no probe."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", metavar="N", min=1, help="Passes over the training rows.")
     ] = None,
@@ -82,7 +87,7 @@ def nlu(
       stackwise nlu encoder --tasks cola --data FOLDER --split holdout --epochs 8 --json
     """
     path = find_run(run)
-    _check(method, split, pair, lr)
+    _check(method, split, pair, {"--lr": lr, "--epochs": epochs, "--seeds": seeds})
     if importlib.util.find_spec("sklearn") is None:
         raise UsageError("`stackwise nlu` needs scikit-learn: pip install 'stackwise[nlu]'")
     from stackwise.training.stored import open_run
@@ -93,7 +98,13 @@ def nlu(
 
     changes: dict[str, Any] = {"epochs": epochs, "pair": pair, "lora_lr" if method == "lora" else "lr": lr}
     found, facts, stopped = run_all(
-        path, opened, listed, method=method, seeds=seeds, changes=changes, out=out
+        path,
+        opened,
+        listed,
+        method=method,
+        seeds=1 if method == "probe" else seeds or SEEDS,
+        changes=changes,
+        out=out,
     )
     if as_json:
         print_json(facts)
@@ -103,8 +114,8 @@ def nlu(
         raise KeyboardInterrupt
 
 
-def _check(method: str, split: str, pair: str | None, lr: float | None) -> None:
-    """UsageError for an option with a value that there is not."""
+def _check(method: str, split: str, pair: str | None, learning: dict[str, Any]) -> None:
+    """UsageError for an option with a value that there is not. `learning`: options that say how it is tuned."""
     from stackwise.evaluation.nlu.recipes import METHODS, PAIR_FORMS
     from stackwise.evaluation.nlu.tasks import SPLITS
 
@@ -118,10 +129,14 @@ def _check(method: str, split: str, pair: str | None, lr: float | None) -> None:
             raise UsageError(
                 f"{name} must be {', '.join(allowed)}, got {value!r}" + (f"; {near}" if near else "")
             )
+    lr = learning["--lr"]
     if lr is not None and not 0 < lr < float("inf"):
         raise UsageError(f"--lr must be a number above 0, got {lr}")
-    if lr is not None and method == "probe":
-        raise UsageError("--lr has no meaning for --method probe, which learns in one go; leave it out")
+    given = [name for name, value in learning.items() if value is not None]
+    if given and method == "probe":
+        raise UsageError(
+            f"{', '.join(given)} has no meaning for --method probe, which learns in one go and draws nothing; leave it out"
+        )
 
 
 def _words(tasks: str) -> list[str]:

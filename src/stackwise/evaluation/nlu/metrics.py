@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ NO_TAG = "O"
 def figures(task: Task, found: Predictions, rows: Rows | None = None) -> dict[str, float]:
     """Figures by name. `rows`: what was scored, null: those of the task.
 
-    accuracy, f1 (two classes: of the last label; more: the mean over classes), matthews; pearson, spearman, which are 0
+    accuracy, f1 (two classes: of the last label; more: the mean over those that occur), matthews; pearson, spearman, which are 0
     where all numbers are the same; for tags accuracy and f1 over the words whose tag is not O. A word without a
     prediction counts as wrong.
     """
@@ -76,32 +77,54 @@ def majority(task: Task) -> dict[str, float]:
 
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Of regularisation; one of them is chosen by five-fold cross-validation on the training rows."""
+WORD = r"(?u)\b\w+\b"
+
+
+def chosen(model: Any, grid: dict[str, list[float]], kind: str, y: Sequence[Any], scoring: str) -> Any:
+    """The model with its strength left to cross-validation, in as many folds as every class has rows, five at most.
+
+    A class of a single row is in no fold: it cannot be learned from one and asked for in another. Where less than two classes
+    (or numbers) are left the strength is the one that the model comes with.
+    """
+    from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+
+    counts = np.bincount(y) if kind != NUMBER else np.array([])
+    several = np.flatnonzero(counts > 1)
+    if len(several) < 2 and (kind != NUMBER or len(y) < 2):
+        return model
+    if kind == NUMBER:
+        return GridSearchCV(model, grid, cv=KFold(min(5, len(y))), scoring=scoring)
+    rows = np.flatnonzero(np.isin(y, several))
+    folds = StratifiedKFold(min(5, int(counts[several].min())))
+    splits = [(rows[a], rows[b]) for a, b in folds.split(rows, np.asarray(y)[rows])]
+    return GridSearchCV(model, grid, cv=splits, scoring=scoring)
 
 
 def bag_of_words(task: Task) -> dict[str, float]:
     """Figures of logistic regression, for numbers ridge regression, on counts of lower-case words.
 
-    Of a pair each text has a bag of its own. For tags the words are those at the place, before it and behind it.
+    Of a pair each text has a bag of its own. For tags the words are those at the place, before it and behind it. Training
+    texts without a single word leave nothing but `majority`.
     """
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.model_selection import GridSearchCV
 
     if task.kind == TAGS:
         table = DictVectorizer()
         x = table.fit_transform([f for words in task.train.texts for f in _places(words)])
         z = table.transform([f for words in task.scored.texts for f in _places(words)])
         y: Any = [tag for row in task.train.targets for tag in row]  # type: ignore[union-attr]
+    elif not any(re.search(WORD, text) for texts in task.train.texts for text in texts):
+        return majority(task)
     else:
         x, z = _bags(task)
         y = list(task.train.targets)
     if task.kind == NUMBER:
         grid = {"alpha": [1 / strength for strength in STRENGTHS]}
-        model = GridSearchCV(Ridge(), grid, cv=min(5, len(y)), scoring="neg_mean_squared_error")
+        model = chosen(Ridge(), grid, task.kind, y, "neg_mean_squared_error")
     else:
-        folds = max(2, min(5, int(np.bincount(y).min())))
         grid = {"C": list(STRENGTHS)}
-        model = GridSearchCV(LogisticRegression(max_iter=1000), grid, cv=folds, scoring=_scorer(task))
+        model = chosen(LogisticRegression(max_iter=1000), grid, task.kind, y, _scorer(task))
     found = model.fit(x, y).predict(z).tolist()
     if task.kind != TAGS:
         return figures(task, found)
@@ -120,7 +143,7 @@ def _bags(task: Task) -> tuple[Any, Any]:
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import CountVectorizer
 
-    words = CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+    words = CountVectorizer(token_pattern=WORD)
     words.fit([text for texts in task.train.texts for text in texts])
     sides = range(2 if task.pair else 1)
     return tuple(

@@ -89,8 +89,9 @@ def run_task(
     dtype: torch.dtype,
     told: Told = lambda seed, done, total: None,
 ) -> Found:
-    """Tune a fresh copy of the run for every seed from 0, and score it. Probing draws nothing, so it has one seed."""
-    numbers = tuple(range(1 if method == "probe" else seeds))
+    """Tune a fresh copy of the run for every seed from 0, and score it. Probing draws nothing, so it takes one seed."""
+    numbers = tuple(range(seeds))
+    most, bag = majority(task), bag_of_words(task)
     by_seed, cut = [], 0
     for number in numbers:
         opened = open_again()
@@ -114,7 +115,7 @@ def run_task(
             )
             found = answers(model, scored, scale)
         by_seed.append(figures(task, found))
-    return Found(task, recipe, method, numbers, by_seed, majority(task), bag_of_words(task), cut)
+    return Found(task, recipe, method, numbers, by_seed, most, bag, cut)
 
 
 def rows_of(task: Task, rows: Any, opened: OpenRun, recipe: Recipe) -> Coded:

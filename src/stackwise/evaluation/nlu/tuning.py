@@ -21,6 +21,7 @@ from stackwise.model.spec import AdapterSpec
 from stackwise.model.twin_heads import Twin, TwinClassifier, TwinRegressor
 from stackwise.precision.convert import restore_full_precision
 from stackwise.training.device import computing_in
+from stackwise.training.errors import NumericError
 
 ADAPTERS = "nlu"
 ROWS = 64
@@ -159,12 +160,19 @@ def _hidden(
 def answers(
     model: nn.Module, rows: Coded, scale: Scale | None = None, *, batch_size: int = ROWS
 ) -> list[Any]:
-    """Of each row a class, a number, or the tags of its words that were read. In float32, in the order of the rows."""
+    """Of each row a class, a number, or the tags of its words that were read. In float32, in the order of the rows.
+
+    NumericError where an answer is no finite number: the largest of nothing would be a class all the same.
+    """
     found: list[Any] = [None] * len(rows)
     with eval_mode(model):
         for chosen in by_length(rows, batch_size):
             batch = batch_of(rows, chosen).to(model.rack.device)  # type: ignore[arg-type]
             outputs = model(*batch.inputs).float().cpu()
+            if not outputs.isfinite().all():
+                raise NumericError(
+                    "what was learned answers with numbers that are not finite: its learning rate is too high (--lr)"
+                )
             for at, row in enumerate(chosen):
                 if rows.kind == NUMBER:
                     scaled = float(outputs[at])
