@@ -132,3 +132,25 @@ def test_runs_of_all_kinds_go_through_and_open_again(tiny, keys):
         logits = rack(torch.arange(8)[None])
     assert torch.isfinite(logits).all()
     assert any("ffn.experts.2.down" in name for name, _ in rack.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("keys", "room"), [(AUX, 10**9), (BIAS, 100_000)], ids=["aux, everything", "bias, a part"]
+)
+def test_stored_outputs_of_a_trunk_with_experts_change_nothing_but_rounding(tiny, tmp_path, keys, room):
+    trunk = "training__progressive__"
+    stored = {
+        f"{trunk}cache_activations": True,
+        f"{trunk}cache_dtype": "float32",
+        f"{trunk}cache_dir": str(tmp_path / "cache"),
+        f"{trunk}cache_ram_bytes": room,
+        f"{trunk}cache_max_bytes": room,
+    }
+    twice = {"training__seq_len": 48, "training__max_steps": 24, **keys}  # more rows than the text has
+    plain = run(tiny, "plain", **twice, **{f"{trunk}cache_activations": False})
+    read = run(tiny, "stored", **twice, **stored)
+    assert sum(e["stored"]["hits"] for e in events(read, "stage_end") if e["stored"]) > 0
+    losses = [[e["loss"] for e in events(folder, "step")] for folder in (plain, read)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, tensor in weights(read).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-3, atol=2e-5)

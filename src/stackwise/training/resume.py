@@ -27,6 +27,7 @@ from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.stage import Stage
 from stackwise.data.errors import DataError
 from stackwise.data.loader import TokenLoader
+from stackwise.model.spec import RackSpec
 from stackwise.objectives.base import Objective
 from stackwise.tracking.folder import RunFolder
 from stackwise.tracking.metrics import MetricsFile
@@ -97,15 +98,19 @@ def not_exact(meta: dict[str, Any], here: dict[str, Any], changes: list[Change])
 def _partly_stored(meta: dict[str, Any], dtype: str) -> list[str]:
     """Stored outputs of the trunk that are lost with the process are computed again, with other rows beside them.
 
-    In fp32 a row comes out the same whatever it is computed with; of narrower products the last bit may differ.
+    In fp32 a row comes out the same whatever it is computed with; of narrower products, and of experts, which multiply
+    few or many rows as they are chosen, the last bit may differ.
     """
     if not meta["progress"]["stores"]:
         return []
-    used = {stack.get("compute_dtype") or dtype for stack in meta["rack"]["stacks"]} - {"float32"}
+    stacks = RackSpec.from_dict(meta["rack"]).stacks
+    narrow = {stack.compute_dtype or dtype for stack in stacks} - {"float32"}
+    shown = [f"{name} products" for name in sorted(narrow)]
+    shown += ["experts"] if any(block.experts for stack in stacks for block in stack.blocks) else []
     return [
-        f"stored outputs of the trunk are computed again in other batches, which {name} products show "
+        f"stored outputs of the trunk are computed again in other batches, which shows in the last bit with {what} "
         "(training.progressive.cache_activations)"
-        for name in sorted(used)
+        for what in shown
     ]
 
 
