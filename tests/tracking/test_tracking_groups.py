@@ -8,6 +8,8 @@ import re
 
 import pytest
 
+from stackwise.tracking.drawing import running_mean
+from stackwise.tracking.group_plots import _within_memory
 from stackwise.tracking.group_report import GroupPage, build_group_report
 from stackwise.tracking.groups import RunGroup, Spread, differences, labelled, warnings_about
 from stackwise.tracking.page import ReportedRun
@@ -116,6 +118,25 @@ def test_the_page_is_whole_and_holds_figures_curves_and_settings(run, tmp_path):
     assert "<th>model.d_model</th><td>32</td><td>48</td>" in html
     assert build_group_report(groups, tmp_path / "again.html", GroupPage("Two", "lead", ["a notice"], ["<h2>More</h2>"])
                               ).read_text("utf-8") == html  # fmt: skip
+
+
+def test_the_loss_within_so_many_bytes_falls_and_the_bytes_rise(run):
+    history = run("a").history
+    points = list(_within_memory(history).values())
+    peaks, lowest = [p for p, _ in points], [loss for _, loss in points]
+    assert peaks == sorted(peaks)
+    assert lowest == sorted(lowest, reverse=True)
+    assert set(peaks) <= {float(s.end["bytes"]["peak"]) for s in history.stages}
+    assert peaks[-1] == max(s.end["bytes"]["peak"] for s in history.stages)
+    first = history.stages[0]
+    assert lowest[0] == first.steps[0]["loss"]
+    assert lowest[-1] == min(min(running_mean([e["loss"] for e in s.steps])) for s in history.stages)
+    # A smaller stage after a larger one does not make the run smaller, nor does a worse loss raise the curve.
+    first.end["bytes"]["peak"] = 10 * max(peaks)
+    for event in (event for stage in history.stages[1:] for event in stage.steps):
+        event["loss"] += 100
+    assert set(_within_memory(history).values()) >= {(10 * max(peaks), lowest[len(first.steps) - 1])}
+    assert len({loss for _, loss in list(_within_memory(history).values())[len(first.steps) - 1 :]}) == 1
 
 
 def test_a_difference_within_the_ranges_is_not_coloured(run, tmp_path, monkeypatch):

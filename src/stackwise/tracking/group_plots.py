@@ -70,9 +70,10 @@ def group_plots(groups: Sequence[RunGroup]) -> list[Plot]:
         plots.append(
             Plot(
                 "compared_memory",
-                "Validation loss against peak memory",
-                "The last validation loss over the counted bytes of the stage that takes the most: weights, gradients, "
-                "moments, activations and buffers. Bars: the range over the seeds. Lower left is better.",
+                "Loss against peak memory",
+                "Lines: the lowest running mean of the training loss that was reached within so many counted bytes "
+                "(weights, gradients, moments, activations and buffers of the largest stage so far). Marks: the last "
+                "validation loss at the most that the run took; bars: its range over the seeds. Lower left is better.",
                 partial(_memory, groups=groups),
                 wide=True,
             )
@@ -121,21 +122,37 @@ def _crop(axes: Axes, seen: list[float], ends: list[float]) -> None:
 
 
 def _memory(axes: Axes, groups: Sequence[RunGroup]) -> None:
+    seen: list[float] = []
+    ends: list[float] = []
     for i, group in enumerate(groups):
         point = _peak_and_loss(group)
         if point is None:
             continue
         peak, loss = point
-        colour, _, marker = _look(i)
+        colour, dashes, marker = _look(i)
         label = units.printable(group.label)
+        reached = _over_runs([_within_memory(run) for run in group.counted])
+        # A larger stage begins with what the smaller ones had reached: to the right first, then down.
+        axes.plot(
+            reached.xs,
+            reached.means,
+            drawstyle="steps-post",
+            color=colour,
+            linestyle=dashes,
+            linewidth=1.5,
+            alpha=0.8,
+        )
+        seen += reached.means
+        ends += [loss.low, loss.high]
         axes.plot([peak.mean] * 2, [loss.low, loss.high], color=colour, linewidth=1.6)
         axes.plot(
             [peak.mean], [loss.mean], linestyle="none", marker=marker, markersize=7, color=colour, label=label
         )
-    axes.set_xlim(left=0)
+    _crop(axes, seen, ends)
     axes.margins(x=0.08, y=0.12)
-    axes.set_ylabel("validation loss, nats per token")
-    axes.set_xlabel("counted bytes at the most")
+    axes.set_xlim(left=0)
+    axes.set_ylabel("loss, nats per token")
+    axes.set_xlabel("counted bytes at the most so far")
     axes.xaxis.set_major_formatter(lambda value, _: units.tick(value, "B"))
     legend(axes)
 
@@ -161,6 +178,22 @@ def _training(group: RunGroup, against: str) -> _Line:
                 points[event["step"]] = (event[against], mean)
         runs.append(points)
     return _over_runs(runs)
+
+
+def _within_memory(run: RunHistory) -> dict[int, tuple[float, float]]:
+    """Step -> (counted bytes at the most so far, lowest running mean of the training loss so far)."""
+    points: dict[int, tuple[float, float]] = {}
+    peak, lowest = 0.0, math.inf
+    for stage in run.stages:
+        if stage.end is None:
+            break
+        peak = max(peak, stage.end["bytes"]["peak"])
+        means = running_mean([event["loss"] for event in stage.steps])
+        for event, mean in zip(stage.steps, means, strict=True):
+            lowest = min(lowest, mean)
+            if math.isfinite(lowest):
+                points[event["step"]] = (peak, lowest)
+    return points
 
 
 def _validation(group: RunGroup, against: str) -> _Line:
