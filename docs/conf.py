@@ -55,6 +55,8 @@ nitpicky = True
 html_theme = "furo"
 html_title = f"StackWise {version}"
 html_extra_path = ["front"]  # index.html, which leads to the front page
+html_static_path = ["style"]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_copy_source = False
 

@@ -73,3 +73,24 @@ def test_what_does_not_fit_is_named(tiny, source):
         start_from(turned, source, tokenizer)
     with pytest.raises(RunFolderError, match="is not a folder"):
         start_from(rack(), "nowhere", tokenizer)
+
+
+def test_a_tail_and_a_head_are_never_dropped_in_silence(tiny, source):
+    tokenizer = open_run(source).tokenizer
+
+    def rack(**changes) -> Rack:
+        return Rack(rack_spec(tiny(model__vocab_size=tokenizer.vocab_size, **changes), 3))
+
+    end_to_end = {"training__progressive__enabled": False}
+    with pytest.raises(
+        ConfigError, match=r"has a head and a tail of its own.*tie_embeddings=false; .*unit=rack"
+    ):
+        start_from(rack(**end_to_end), source, tokenizer)
+    with pytest.raises(ConfigError, match=r"has a tail of its own"):
+        start_from(rack(**end_to_end, model__tie_embeddings=False), source, tokenizer)
+    with pytest.raises(ConfigError, match=r"has a head of its own"):
+        start_from(rack(model__tie_embeddings=True), source, tokenizer)
+    held_out = open_run(source).rack(torch.arange(8)[None])
+    whole = rack(training__unit="rack")
+    start_from(whole, source, tokenizer)
+    assert torch.equal(whole.eval()(torch.arange(8)[None]), held_out)

@@ -250,7 +250,10 @@ def _show_comparison(comparison: Comparison, laid_out: Plan) -> None:
     if best is None:
         print(f"\nNo curriculum fits {laid_out.device.name}.")
     else:
-        print(f"\nThe cheapest that fits {laid_out.device.name}: {best.name}.")
+        print(
+            f"\nThe cheapest that fits {laid_out.device.name}: {best.name}. What a curriculum costs in loss a plan "
+            "cannot know: `stackwise compare` trains several for the same compute."
+        )
 
 
 def _show_advice(advice: list[Advice], laid_out: Plan) -> None:

@@ -24,7 +24,8 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bo
 
     Stacks in a storage format are unpacked, adapters folded into their weights. `to_all`: the run has one stack, and
     all stacks of the rack start as a copy of it. Raises RunFolderError or CheckpointError where there is no such run,
-    and ConfigError where its tokens, the number or order of its stacks or a shape are others, or nothing fits.
+    and ConfigError where its tokens, the number or order of its stacks or a shape are others, where this rack has no
+    place for its tail or head, or nothing fits.
     """
     if (Path(path) / "config.json").is_file() and not RunFolder(path).holds_a_run():
         message = "is a model folder of the Hugging Face format, not a run"
@@ -54,6 +55,7 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bo
         if stack.uid in have:
             stack.io = InOut(rack.spec).copy_from(rack)
     own = rack.state_dict()
+    _refuse_to_drop(sorted({run.rack.part_of(n) for n in values if n not in own} & {"tail", "head"}), path)
     taken = [name for name in own if name in values]
     for name in taken:
         new = own[name].shape[0] - values[name].shape[0]
@@ -84,3 +86,16 @@ def start_from(rack: Rack, path: str | Path, tokenizer: Tokenizer, *, to_all: bo
     fresh = sorted({rack.part_of(name) for name in own if name not in values})
     rest = f"; new: {', '.join(fresh)}" if fresh else ""
     return f"started from {run.folder.path}, commit {run.commit.id}: {len(taken)} of {len(own)} tensors{rest}"
+
+
+def _refuse_to_drop(parts: list[str], path: str | Path) -> None:
+    """Stacks may be left out, for they may grow anew. Without the parts that end the model it has forgotten everything."""
+    if not parts:
+        return
+    hints = {
+        "tail": "train the rack of an append run: training.unit=rack or training.stages, with training.progressive.enabled "
+        "and building_mode as they were there",
+        "head": "model.tie_embeddings=false",
+    }
+    message = f"has a {' and a '.join(parts)} of its own, for which this run has no place"
+    raise ConfigError(Problem(KEY, message, str(path), hint="; ".join(hints[part] for part in parts)))
