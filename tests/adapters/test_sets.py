@@ -105,7 +105,8 @@ def test_two_sets_equal_peft(rack, make_rack, ids):
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(own[name])
-    torch.testing.assert_close(rack(ids), theirs(ids), atol=1e-5, rtol=1e-5)
+    # in float64, where the order of sums does not show
+    torch.testing.assert_close(rack.double()(ids), theirs.double()(ids), atol=1e-10, rtol=1e-10)
 
 
 def _nothing():

@@ -79,16 +79,22 @@ def test_a_signal_saves_and_the_printed_command_continues(signum, folder, cli):
 
 
 def test_a_signal_before_training_begins_leaves_nothing_half_done(folder):
-    for turn in range(4):  # on a busy machine the work may be done before the signal comes
-        size = 400_000 * 2**turn
-        (folder / "big.txt").write_text("all work and no play makes jack a dull boy\n" * size)
+    for turn in range(8):  # on a busy machine the work may be done before the process is stopped in it
+        size = 400_000 * 2 ** min(turn, 3)
+        (folder / "big.txt").write_text(f"all work and no play makes jack {turn} dull boys\n" * size)
         process = start("data", "prepare", "tiny.yaml", "data.path=big.txt")
         while process.poll() is None and not list(folder.glob("runs/.data/.*")):
             time.sleep(0.002)
+        process.send_signal(signal.SIGSTOP)
+        if process.poll() is None:
+            os.waitpid(process.pid, os.WUNTRACED)
+        # It moves no more: what is true now stays so until the signal is there.
+        amid = list(folder.glob("runs/.data/.*"))
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=120)
         assert not list(folder.glob("runs/.data/.*"))
-        if process.returncode != 0:
+        if amid:
             break
     assert process.returncode == 143, err
 

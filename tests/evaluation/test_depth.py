@@ -125,7 +125,8 @@ def test_without_an_identity_nothing_changes(split: TokenSplit) -> None:
     assert identity.exit == first.exit
     assert identity.stream == first.stream
     assert view.cka[1][2] == pytest.approx(1, abs=1e-12)
-    assert abs(last.removed or 0) > 1e-3
+    assert last.removed != 0
+    assert (last.update or 0) > 0.1
 
 
 def test_each_loss_is_that_of_a_rack_without_the_stack(split: TokenSplit) -> None:
@@ -202,7 +203,8 @@ def test_it_does_not_depend_on_the_batch_size(split: TokenSplit, kind: str, pack
     )
     assert first.windows == min(13, EvalLoader(split, seq_len=T, batch_size=1, packing=packing).rows)
     for other in others:
-        assert figures(other) == pytest.approx(figures(first), abs=1e-6, rel=1e-6)
+        # float32 losses of about 4 are known to 5e-7, and figures are differences of several
+        assert figures(other) == pytest.approx(figures(first), abs=1e-5, rel=1e-5)
 
 
 def test_the_same_call_gives_the_same_figures_and_leaves_the_rack_alone(split: TokenSplit) -> None:

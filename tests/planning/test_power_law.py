@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stackwise.planning import power_law
 from stackwise.planning.power_law import TooFewPoints, fit_power_law
 
 
@@ -32,14 +33,16 @@ def test_a_law_is_found_again_from_exact_points(random, irreducible):
     assert fit.residual < 1e-6
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says(random):
+def test_the_interval_holds_the_truth_as_often_as_it_says(random, monkeypatch):
+    """Of 18 points it holds 93 % or so; with 91 %, fewer than 70 of 100 come by chance once in 10^9 times."""
+    monkeypatch.setattr(power_law, "_RESAMPLES", 200)
     x = np.repeat(np.geomspace(1e10, 1e14, 6), 3)
     hits = 0
-    for _ in range(20):
+    for _ in range(100):
         noisy = law(x, 2.0, 0.5, 0.25) + random.normal(0, 0.01, len(x))
         found = fit_power_law(x, noisy, seed=int(random.integers(10**6))).exponent
         hits += found.low <= 0.25 <= found.high
-    assert hits >= 14, "of 20, where 19 are to be expected"
+    assert hits >= 70
 
 
 def test_noise_widens_the_interval(random):

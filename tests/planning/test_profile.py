@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 import tempfile
 
@@ -52,13 +51,17 @@ def config(folder, **changes) -> StackWiseConfig:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
+    """The temporary files of its own, because other processes may be at a profile too."""
+    folder, temporary = tmp_path_factory.mktemp("profile"), tmp_path_factory.mktemp("temporary")
     chosen = config(folder)
-    return chosen, folder, profile(chosen, 1, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        found = profile(chosen, 1, steps=2)
+    return chosen, folder, temporary, found
 
 
 def test_bytes_are_those_that_were_planned(measured):
-    chosen, _, found = measured
+    chosen, _, _, found = measured
     planned = plan(chosen).stages[1]
     assert (found.name, found.stage, found.stages) == (planned.name, 1, 4)
     for item in ("parameters", "gradients", "moments", "buffers"):
@@ -69,7 +72,7 @@ def test_bytes_are_those_that_were_planned(measured):
 
 
 def test_the_line_of_bytes_agrees_with_what_the_run_counts(measured):
-    _, _, found = measured
+    _, _, _, found = measured
     assert found.line is not None
     most = found.line.most
     assert most["weights"] == found.measured["parameters"]
@@ -80,7 +83,7 @@ def test_the_line_of_bytes_agrees_with_what_the_run_counts(measured):
 
 
 def test_parts_and_rates_add_up(measured):
-    chosen, _, found = measured
+    chosen, _, _, found = measured
     assert set(found.parts) == set(PARTS)
     assert sum(found.parts.values()) == pytest.approx(found.seconds)
     assert min(found.parts[name] for name in ("data", "forward", "backward", "optimizer")) > 0
@@ -114,22 +117,21 @@ def test_time_belongs_to_the_part_in_which_it_passed(monkeypatch):
 
 
 def test_the_trace_holds_the_parts_of_the_step(measured):
-    _, _, found = measured
+    _, _, _, found = measured
     events = json.loads(gzip.decompress(found.trace))["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"part: forward", "part: backward", "part: optimizer", "aten::mm"} <= names
 
 
 def test_nothing_of_the_run_is_left_behind(measured):
-    _, folder, _ = measured
+    _, folder, temporary, _ = measured
     assert sorted(path.name for path in folder.iterdir()) == ["runs", "text.txt"]
     assert [path.name for path in (folder / "runs").iterdir()] == [".data"]
-    left = [name for name in os.listdir(tempfile.gettempdir()) if "stackwise-profile-" in name]
-    assert left == []
+    assert list(temporary.iterdir()) == []
 
 
 def test_the_files_say_what_was_found(measured, tmp_path):
-    _, _, found = measured
+    _, _, _, found = measured
     for _ in range(2):  # a second time they are replaced
         page = write_profile(found, tmp_path / "out")
     names = {path.name for path in page.parent.iterdir()}
