@@ -8,7 +8,8 @@ import pytest
 
 from stackwise.adapters.attach import adapter_parameters, attach, remove
 from stackwise.adapters.merge import fold, merge, unmerge
-from stackwise.adapters.package import adapted_linear
+from stackwise.adapters.package import MissingPackageError, adapted_linear
+from stackwise.cli.errors import USAGE, exit_code, explain
 from stackwise.model.spec import AdapterSpec
 
 
@@ -64,7 +65,11 @@ def test_without_peft_the_error_names_the_extra(rack, monkeypatch):
     adapted_linear.cache_clear()
     monkeypatch.delitem(sys.modules, "stackwise.adapters.layer", raising=False)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'need the package peft, .* pip install "stackwise\[adapters\]"'):
+    with pytest.raises(MissingPackageError) as caught:
         attach(rack.stacks[0], AdapterSpec("stack"))
+    said = explain(caught.value)
+    assert said.startswith("error: adapters need the package peft, ")
+    assert said.endswith('pip install "stackwise[adapters]"')
+    assert exit_code(caught.value) == USAGE
     monkeypatch.undo()
     adapted_linear.cache_clear()

@@ -49,6 +49,17 @@ def test_report_of_several_runs_is_one_page(cli, two):
     assert (two.parent / "there.html").read_text() == (two / "comparison.html").read_text()
 
 
+def test_the_page_of_one_run_can_go_elsewhere(cli, two):
+    assert cli("report", "a").code == 0
+    page = (two / "a" / "report.html").read_bytes()
+    (two / "a" / "report.html").unlink()
+    shutil.rmtree(two / "a" / "plots")
+    assert cli("report", "a", "--out", "there.html").out == "there.html\n"
+    assert (two.parent / "there.html").read_bytes() == page
+    assert not (two / "a" / "report.html").exists()
+    assert not (two / "a" / "plots").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -56,7 +67,7 @@ def test_report_of_several_runs_is_one_page(cli, two):
         (("runs", "compare", "a", "runs/a"), "runs/a is named twice"),
         (("runs", "compare", "a", "c"), "there is no run 'c' here or in ./runs"),
         (("report", "a", "a"), "runs/a is named twice"),
-        (("report", "a", "--out", "x.html"), "--out is for a page about several runs"),
+        (("report", "a", "--out", "runs"), "--out must be a file, runs is a folder"),
         (("report", "a", "text.txt"), "text.txt is not a folder"),
     ],
 )

@@ -15,6 +15,8 @@ EXTRAS = {
     "trackio": ("tracking.sinks=[trackio]", "track"),
     "wandb": ("tracking.sinks=[wandb]", "wandb"),
     "peft": ("training.progressive.qlora_enabled", "adapters"),
+    "lm_eval": ("`stackwise eval --tasks` with lm-eval's tasks by name", "eval"),
+    "sklearn": ("`stackwise nlu`", "nlu"),
     "pyarrow": ("data.source=parquet", "parquet"),
     "datasets": ("data.source=hf", "hf"),
     "huggingface_hub": ("data.tokenizer from the hub", "hf"),

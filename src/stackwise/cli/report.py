@@ -19,14 +19,15 @@ def report(
             "--out",
             "-o",
             metavar="FILE",
-            help="The page about several runs; by default comparison.html beside the first one.",
+            help="Where the page goes; by default report.html in the folder of the run, or comparison.html beside the "
+            "first of several.",
         ),
     ] = None,
 ) -> None:
     """Build the report of a run again, or one page about several, from their folders alone.
 
-    Works on finished, stopped or still running runs. Of one run: plots/ and report.html in its folder. Of several: one
-    self-contained page with their figures, their losses over compute, tokens and seconds, their memory, and the
+    Works on finished, stopped or still running runs. Of one run: plots/ and report.html in its folder, or the page alone
+    at --out. Of several: one self-contained page with their figures, their losses over compute, tokens and seconds, their memory, and the
     settings in which they differ.
 
     \b
@@ -36,14 +37,12 @@ def report(
       stackwise report runs/a runs/b --out a-and-b.html
     """
     paths = find_runs(runs)
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out must be a file, {out} is a folder; {out / 'report.html'} would do")
     if len(paths) == 1:
-        if out is not None:
-            raise UsageError(
-                "--out is for a page about several runs; that of one run is report.html in its folder"
-            )
         from stackwise.tracking.report import build_report
 
-        print(build_report(paths[0]))
+        print(build_report(paths[0], out))
         return
     from stackwise.tracking.group_report import GroupPage, build_group_report
     from stackwise.tracking.groups import labelled

@@ -37,8 +37,10 @@ _FOOTER = (
 )
 
 
-def build_report(run_dir: str | Path) -> Path:
+def build_report(run_dir: str | Path, out: Path | None = None) -> Path:
     """Write ``plots/*.png`` and ``report.html`` in a run folder from what the folder holds; return the page's path.
+
+    ``out``: the page goes there, and nothing is written in the run folder.
 
     Works on a finished, stopped or still running run. Lines of ``metrics.jsonl`` that cannot be read are named on the
     page. Without matplotlib the page is written without plots, says how to install it, and a warning is issued.
@@ -47,11 +49,12 @@ def build_report(run_dir: str | Path) -> Path:
     from stackwise.tracking.plots import available_plots
 
     reported = ReportedRun.read(run_dir)
-    if can_draw():
+    if out is None and can_draw():
         for plot in available_plots(reported.history):
             write_png(plot, reported.folder.plots)
-    ops.replace_text(reported.folder.report, render(reported))
-    return reported.folder.report
+    page = out or reported.folder.report
+    ops.replace_text(page, render(reported))
+    return page
 
 
 def render(reported: ReportedRun) -> str:
