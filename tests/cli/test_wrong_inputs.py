@@ -58,6 +58,7 @@ CONFIGURATION = {
     "no such choice": Case(
         "compare demo --match flop", 2, ("'--match': 'flop' is not one of 'flops', 'tokens'\n",)
     ),
+    "no such command": Case("cache xyz", 2, ("No such command 'xyz'; there are ls, ",)),
     "a preset misspelt": Case("config show dmeo", 2, ("no preset", "did you mean 'demo'?")),
     "a folder": Case("train .", 2, ("CONFIG must be a YAML file or a preset", "is a folder")),
     "a run folder": Case(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stackwise.checkpoint.errors import CheckpointError
+from stackwise.cli.errors import exit_code
 from stackwise.config.errors import ConfigError
 from stackwise.config.root import StackWiseConfig
 from stackwise.curriculum.curricula import stages
@@ -128,8 +129,9 @@ def test_what_does_not_fit_together_is_named(run, tmp_path, tiny):
     with pytest.raises(CheckpointError, match=r"training\.optimizer\.lr: 0\.01, not 0\.003"):
         merge([a, other], out)
     plain = train(tiny(training__run_id="plain"), sinks=[])["run_dir"]
-    with pytest.raises(CheckpointError, match="building_mode is append"):
+    with pytest.raises(CheckpointError, match="building_mode is append") as caught:
         merge([a, plain], out)
+    assert exit_code(caught.value) == 7, "these runs do not fit, and nothing is damaged"
     stray = run("stray", [1], checkpoint__init_from=run("elsewhere", training__max_steps=1))
     with pytest.raises(
         CheckpointError, match=r"another embedding than .*a, which trained it: train its stacks"

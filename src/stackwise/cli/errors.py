@@ -51,7 +51,10 @@ def explain(error: BaseException) -> str:
             return str(error.format_message())
         context = getattr(error, "ctx", None)
         where = f"\nSee `{context.command_path} --help`." if context is not None else ""
-        return f"error: {_worded(error)}{where}"
+        message = _worded(error)
+        if message.startswith("No such command") and context is not None and "Did you mean" not in message:
+            message += f"; there are {', '.join(context.command.list_commands(context))}"
+        return f"error: {message}{where}"
     if _is_out_of_memory(error) and type(error).__name__ != "OutOfMemory":  # a run's own says more
         return (
             f"error: out of memory ({_first_line(error)}). Lower training.batch_size (raise "

@@ -181,7 +181,7 @@ def _refuse(reason: str, options: dict[str, object]) -> None:
     """UsageError for options that were given and mean nothing here."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise UsageError(f"{', '.join(given)} {reason}")
+        raise UsageError(f"{', '.join(given)} {reason}; leave it out")
 
 
 def _checked_rows(batch_size: int | None) -> int | None:

@@ -31,6 +31,12 @@ from stackwise.training.stored import OpenRun, open_run
 AROUND = ("embedding", "norm", "head")
 
 
+class MergeError(CheckpointError):
+    """Runs that do not belong together, though each is whole."""
+
+    exit_code = 7
+
+
 @dataclass
 class Merged:
     """What a merge made. `positions`: position -> the run that its stack comes from."""
@@ -92,21 +98,21 @@ def _common_config(runs: list[OpenRun]) -> StackWiseConfig:
     first = shared(runs[0])
     for run in runs:
         if program_of(run.config) != "independent":
-            raise CheckpointError(
+            raise MergeError(
                 f"{run.folder.path} is no run of independent stacks (training.progressive.building_mode is "
                 f"{run.config.training.progressive.building_mode}); only those can be merged"
             )
         if changed := changes_between(course_of(first), course_of(shared(run))):
-            raise CheckpointError(
+            raise MergeError(
                 f"{run.folder.path} has another configuration than {runs[0].folder.path}:\n"
                 + "\n".join(f"  {c.key}: {show(c.new)}, not {show(c.old)}" for c in changed)
             )
         for name in ("corpus", "tokenizer"):
             if run.meta.get(name) != runs[0].meta.get(name):
-                raise CheckpointError(f"{run.folder.path} has another {name} than {runs[0].folder.path}")
+                raise MergeError(f"{run.folder.path} has another {name} than {runs[0].folder.path}")
         progress, stages = state.progress_of(run.meta), state.stages_of(run.meta)
         if (progress.stage, progress.stage_step) != (len(stages) - 1, stages[-1].steps):
-            raise CheckpointError(
+            raise MergeError(
                 f"{run.folder.path} is not finished (stage {progress.stage + 1} of {len(stages)}, step "
                 f"{progress.stage_step} of {stages[progress.stage].steps}); "
                 f"continue it: stackwise train {run.folder.config} --resume"
@@ -128,9 +134,7 @@ def _place(runs: list[OpenRun], count: int) -> tuple[OpenRun, dict[int, OpenRun]
     if missing := [position for position in range(count) if position not in positions]:
         problems.append(f"no run has trained the position {', '.join(map(str, missing))}")
     if problems:
-        raise CheckpointError(
-            f"the runs do not make up the {count} stacks of the model: {'; '.join(problems)}"
-        )
+        raise MergeError(f"the runs do not make up the {count} stacks of the model: {'; '.join(problems)}")
     return positions[count - 1], positions
 
 
@@ -140,7 +144,7 @@ def _check_around(base: OpenRun, runs: list[OpenRun]) -> None:
             name = f"{part}/weights"
             own, other = base.commit.parts.get(name), run.commit.parts.get(name)
             if (own and own.sha256) != (other and other.sha256):
-                raise CheckpointError(
+                raise MergeError(
                     f"{run.folder.path} has another {part} than {base.folder.path}, which trained it: train its stacks "
                     f"again with checkpoint.init_from={base.folder.path}",
                     part=name,
@@ -180,7 +184,7 @@ def _history(run: OpenRun) -> list[dict[str, Any]]:
     entries = []
     for index, stage in enumerate(state.stages_of(run.meta)):
         if index not in ends:
-            raise CheckpointError(
+            raise MergeError(
                 f"{run.folder.path} has no record of the end of stage {index + 1}; "
                 f"continue it: stackwise train {run.folder.config} --resume"
             )
