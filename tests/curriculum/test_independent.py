@@ -152,7 +152,7 @@ def test_the_verb_merges_and_has_the_exit_codes_of_the_others(run, tmp_path, cap
     assert main(["merge", a, "-o", out]) == 2
     assert "two runs or more" in capsys.readouterr().err
     assert main(["merge", a, str(tmp_path / "nowhere"), "-o", out]) == 2
-    assert main(["merge", a, a, "-o", out]) == 3
+    assert main(["merge", a, a, "-o", out]) == 7
     assert main(["merge", a, b, "-o", out]) == 0
     assert f"stack 1  from {b}" in capsys.readouterr().out
     assert main(["merge", a, b, "-o", out]) == 2
