@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -78,9 +79,32 @@ def test_the_figures_are_kept_with_all_that_they_depend_on(cli, work, tmp_path):
     assert {facts["tasks"]["quiz"]["shots"] for facts in found} == {0, 2}
     assert {facts["tasks"]["quiz"]["n"] for facts in found} == {3, 5}
     for path, facts in zip(kept, found, strict=True):
-        assert path.name.startswith(f"tiny-{facts['commit'][:12]}-")
+        assert path.name.startswith(f"tiny-{facts['commit']}-")
+        assert facts["commit_sha256"].startswith(facts["commit"].partition("-")[2])
         assert len(facts["tokenizer"]) == len(facts["tasks"]["quiz"]["task_hash"]) == 64
         assert {"stackwise", "torch", "python"} <= set(facts["versions"])
+
+
+def test_pairs_that_were_learned_are_found_and_shuffled_labels_stay_at_chance(cli, folder):
+    learn = ("training.run_id=learned", "training.max_steps=60", "training.progressive.enabled=false")
+    assert cli("train", "tiny.yaml", *learn, "training.optimizer.lr=0.02", "--quiet").code == 0
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+    draw = random.Random(0)
+    rows, shuffled = [], []
+    for _ in range(150):
+        start, count = draw.randrange(5), draw.randint(3, 5)
+        good = words[start : start + count]
+        bad = good[::-1]
+        pair = (" ".join(good), " ".join(bad))
+        rows.append(dict(zip(("sentence_good", "sentence_bad"), pair, strict=True)))
+        shuffled.append(dict(zip(("sentence_good", "sentence_bad"), draw.sample(pair, 2), strict=True)))
+    done = cli(
+        "eval", "learned", "--tasks", f"{put('toy.jsonl', rows)},{put('shuffled.jsonl', shuffled)}", "--json"
+    )
+    toy, chance = (json.loads(done.out)["tasks"][name] for name in ("toy", "shuffled"))
+    assert (toy["n"], toy["chance"]) == (150, 0.5)
+    assert toy["metrics"]["acc"]["value"] > 0.9
+    assert abs(chance["metrics"]["acc"]["value"] - 0.5) < 3 * chance["metrics"]["acc"]["standard_error"]
 
 
 def test_more_draws_of_masks_can_be_asked_of_a_bound_alone(cli, work):

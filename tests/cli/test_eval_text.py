@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from stackwise.cli import evaluate_text
+from stackwise.cli.evaluate_text import own_corpus
 from stackwise.evaluation.perplexity import Perplexity
+from stackwise.training.stored import open_run
 
 
 @pytest.fixture
@@ -83,3 +85,16 @@ def test_what_is_no_number_is_null_in_json(cli, other, monkeypatch):
     for text in (done.out, path.read_text()):
         facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         assert (facts["nats_per_token"], facts["perplexity"]) == (800.0, None)
+
+
+def test_a_model_without_a_text_of_its_own_says_what_is_read(run_folder, capsys):
+    opened = open_run("runs/tiny")
+    for corpus, said in (
+        ("", "was imported"),
+        ("0" * 64, "the text has changed"),
+        (opened.meta["corpus"], ""),
+    ):
+        opened.meta["corpus"] = corpus
+        own_corpus(opened)
+        told = capsys.readouterr().err
+        assert (said in told, bool(told)) == (True, bool(said))

@@ -126,7 +126,7 @@ def test_the_figures_are_kept_with_all_that_they_depend_on(cli, work, tmp_path):
     assert len(kept) == 3  # the same question again replaces its file
     for path in kept:
         facts = json.loads(path.read_text())
-        assert facts["commit"][:12] in path.name
+        assert facts["commit"] in path.name
         assert len(facts["tokenizer"]) == len(facts["tasks"]["animals"]["files"]["train.jsonl"]) == 64
         assert {"stackwise", "torch", "python", "scikit-learn", "scipy"} <= set(facts["versions"])
         assert facts["tasks"]["animals"]["recipe"]["epochs"] in (2, 5)

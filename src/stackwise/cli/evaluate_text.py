@@ -147,7 +147,12 @@ def own_corpus(opened: OpenRun) -> Corpus:
             where=f"data.path {config.data.path}",
             hint="put the text back as it was",
         )
-    if corpus.hash != opened.meta["corpus"]:
+    if not opened.meta["corpus"]:
+        note(
+            f"the model was imported and has no text of its own: this is what data.source {config.data.source} of its "
+            "configuration holds out"
+        )
+    elif corpus.hash != opened.meta["corpus"]:
         note("the text has changed since the run was trained; what is held out now may have been trained on")
     return corpus
 

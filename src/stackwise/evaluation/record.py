@@ -21,11 +21,13 @@ from stackwise.training.stored import OpenRun
 def record_of(path: Path, opened: OpenRun, protocol: dict[str, Any]) -> dict[str, Any]:
     """What every result of a run begins with, JSON-able; its figures are added by whoever measures.
 
-    `commit` names the weights and `tokenizer` the spelling by their hashes; `protocol` says how the figures were computed.
+    `commit` names the weights, `commit_sha256` pins all bytes of them, `tokenizer` is the hash of the spelling; `protocol`
+    says how the figures were computed.
     """
     return {
         "run": str(path),
         "commit": opened.commit.id,
+        "commit_sha256": opened.commit.sha256,
         "step": opened.commit.step,
         "tokenizer": opened.tokenizer.hash,
         "protocol": protocol,
@@ -61,6 +63,6 @@ def keep(folder: Path, record: dict[str, Any], asked: object = ()) -> Path:
     """
     question = json.dumps([record["protocol"], asked], sort_keys=True)
     digest = hashlib.sha256(question.encode()).hexdigest()[:8]
-    path = folder / f"{Path(record['run']).name}-{record['commit'][:12]}-{digest}.json"
+    path = folder / f"{Path(record['run']).name}-{record['commit']}-{digest}.json"
     ops.replace_text(path, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
     return path
