@@ -168,6 +168,17 @@ def test_what_cannot_be_compared_is_refused_before_anything_trains(cli, folder, 
     assert trained == []
 
 
+def test_of_another_objective_only_that_is_said(cli, folder):
+    refused = cli("compare", "tiny.yaml", "tiny.yaml training.progressive.training_objective=mlm").err
+    assert "evaluation.passes" not in refused
+    diffusion = "training.progressive.training_objective=diffusion"
+    others = [
+        f"tiny.yaml training.run_id={name} {diffusion} {keys}"
+        for name, keys in (("a", ""), ("b", "evaluation.passes=9"))
+    ]
+    assert "b: evaluation.passes: a is evaluated with another value" in cli("compare", *others).err
+
+
 def test_a_stored_run_of_other_settings_is_not_taken(cli, folder, trained):
     assert cli("compare", "tiny.yaml", WHOLE, "--tokens", "200").code == 0
     trained.clear()

@@ -143,6 +143,7 @@ def _other_measure(first: Entry, other: Entry) -> list[Problem]:
         )
         for key, read in _MEASURE.items()
         if read(first.config) != read(other.config)
+        and (key != "evaluation.passes" or masks(first.config) == masks(other.config))
     ]
     labels = [label_of(entry.config) for entry in (first, other)]
     same = labels[0] != "pseudo" or first.config.objective == other.config.objective
