@@ -151,7 +151,8 @@ def test_without_proc_the_peak_stands_in(monkeypatch):
         raise FileNotFoundError(str(path))
 
     monkeypatch.setattr("pathlib.Path.read_text", no_proc)
-    assert rss_bytes() == peak_rss_bytes()
+    before = peak_rss_bytes()
+    assert before <= rss_bytes() <= peak_rss_bytes()
 
 
 def test_remove_takes_the_run_and_leaves_the_rest(tmp_path):
