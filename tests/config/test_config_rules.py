@@ -1177,3 +1177,13 @@ def test_no_key_is_both_deprecated_and_known():
         ("model", "architecture", "n_blocks"),
         ("model", "attention_type"),
     }
+
+
+def test_a_rate_that_no_adapter_follows_is_noted():
+    for rate, told in (("lr", True), ("io_lr", True), ("adapter_lr", False)):
+        for train in (["lora:stack"], ["lora:stack", "head"]):
+            stages = [{"train": train, "max_steps": 1, rate: 1e-3}]
+            training = {"stages": stages, "progressive": {"qlora_enabled": True}}
+            config = {"training": training, "checkpoint": {"init_from": "runs/a"}}
+            notes = StackWiseConfig.from_dict(config).notes()
+            assert any("adapter_lr" in note for note in notes) == (told and len(train) == 1)

@@ -62,6 +62,15 @@ def test_a_growth_shows_validation_before_and_after(run_events):
     assert f"({after - before:+.4f})" in line
 
 
+def test_a_stage_ends_with_the_losses_that_its_lines_have_shown(run_events):
+    events = run_events(n_stacks=2, stage_steps=20)
+    lines = [line for line in show(events).splitlines() if "training loss" in line]
+    for stage, line in enumerate(lines):
+        logged = [event["loss"] for event in events if event["event"] == "step" and event["stage"] == stage]
+        assert f"training loss {logged[0]:.4f} → {logged[-1]:.4f}" in line
+    assert len(lines) == len(events[0]["stages"])
+
+
 def test_a_growth_that_keeps_the_function_is_called_unchanged(run_events):
     events = run_events(n_stacks=2, stage_steps=20)
     before = next(event for event in events if event.get("when") == "before_growth")

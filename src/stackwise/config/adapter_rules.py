@@ -103,5 +103,14 @@ ADVICE: list[tuple[Callable[[StackWiseConfig], bool], str]] = [
         "training.progressive.progressive_qlora_rank is not below qlora_rank: a trunk that has been trained needs less "
         "room than what is added to it",
     ),
+    (
+        lambda c: any(
+            all(what.startswith("lora:") for what in stage.train)
+            and any(rate is not None for rate in (stage.lr, stage.trunk_lr, stage.io_lr))
+            for stage in c.training.stages or ()
+        ),
+        "training.stages: a stage that trains adapters alone takes its rate from adapter_lr; lr, trunk_lr and io_lr have "
+        "no effect there",
+    ),
 ]
 """When, and what to say."""
