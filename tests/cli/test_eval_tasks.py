@@ -122,7 +122,10 @@ def test_more_draws_of_masks_can_be_asked_of_a_bound_alone(cli, work):
         (["--tasks", "quiz.jsonl", "--by-time"], "--by-time is not for --tasks"),
         (["--tasks", ","], "names no task"),
         (["--tasks", "absent.jsonl"], "no task file absent.jsonl"),
-        (["--tasks", "quiz.jsonl", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (
+            ["--tasks", "quiz.jsonl", "--batch-size", "0"],
+            "'--batch-size': Input should be greater than or equal to 1",
+        ),
         (["--tasks", "pairs.jsonl", "--shots", "1"], "minimal pairs have no prompt"),
         (["--tasks", "quiz.jsonl,quiz.jsonl"], "--tasks names quiz.jsonl twice"),
         (["--tasks", "quiz.jsonl,./quiz.jsonl"], "two task files are called quiz"),

@@ -246,7 +246,7 @@ RUNS = {
         ("training.seed: 42 there, 7 here", "another training.run_id", "checkpoint.overwrite=true"),
     ),
     "a batch of no rows": Case(
-        "eval tiny --batch-size 0", 2, ("--batch-size: wrong value, got 0", "whole number >= 1")
+        "eval tiny --batch-size 0", 2, ("'--batch-size'", "greater than or equal to 1")
     ),
     "a negative temperature": Case(
         "generate tiny --temperature -1", 2, ("--temperature: wrong value, got -1.0", "number >= 0")

@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", metavar="N", help="Rows per batch: speed and memory, not the result."),
+        typer.Option(
+            "--batch-size", metavar="N", min=1, help="Rows per batch: speed and memory, not the result."
+        ),
     ] = None,
     by_time: Annotated[
         bool,
@@ -145,7 +147,7 @@ def evaluate(
             limit=limit,
             shots=shots,
             mc_samples=mc_samples,
-            batch_size=_checked_rows(batch_size),
+            batch_size=batch_size,
             out=out,
             as_json=as_json,
         )
@@ -182,9 +184,3 @@ def _refuse(reason: str, options: dict[str, object]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise UsageError(f"{', '.join(given)} {reason}; leave it out")
-
-
-def _checked_rows(batch_size: int | None) -> int | None:
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
-    return batch_size

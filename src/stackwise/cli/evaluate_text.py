@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stackwise.cli.errors import UsageError
 from stackwise.cli.evaluate_masked import measure_masked, print_masked
 from stackwise.cli.output import note, print_json, progress_bar
-from stackwise.config.errors import ConfigError
 from stackwise.config.objective_rules import corruption_of, label_of, masks
 from stackwise.config.root import StackWiseConfig
 from stackwise.data.corpus import Corpus, sha256_of
@@ -115,13 +113,10 @@ def _check(
 
 
 def set_windows(opened: OpenRun, seq_len: int | None, stride: int | None, batch_size: int | None) -> None:
-    """Take over options on windows; those that cannot be are a ConfigError or UsageError that names them."""
+    """Take over options on windows; those that cannot be are a UsageError that names them."""
     config, spec = opened.config, opened.rack.spec
     if batch_size is not None:
-        try:
-            config.evaluation.batch_size = batch_size
-        except ConfigError as error:
-            raise ConfigError(replace(problem, key="--batch-size") for problem in error.problems) from None
+        config.evaluation.batch_size = batch_size
     if seq_len is not None:
         if not spec.fits(seq_len):
             raise UsageError(
