@@ -25,6 +25,11 @@ hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Text for a terminal is the same in any: as wide, and without colours that somebody asked for.
+os.environ["COLUMNS"] = "80"
+for _name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PY_COLORS", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
+
 # Who starts the tests in the background may have had these ignored, and a run leaves ignored signals ignored.
 for _signum, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_signum) == signal.SIG_IGN:
