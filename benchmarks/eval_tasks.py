@@ -89,11 +89,9 @@ class Recorded:
         self.nats: list[float] = []
         self.seconds = 0.0
 
-    def score(
-        self, requests: Sequence[Request], *, greedy: bool = False, wheres: Sequence[str] | None = None
-    ) -> list[Score]:
+    def score(self, requests: Sequence[Request], **options: Any) -> list[Score]:
         started = time.process_time()
-        found = self._scorer.score(requests, greedy=greedy, wheres=wheres)
+        found = self._scorer.score(requests, **options)
         self.seconds += time.process_time() - started
         self.nats += [score.nats for score in found]
         return found

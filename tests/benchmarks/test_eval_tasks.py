@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
+
+import pytest
+
+from stackwise.training.run import train
+from stackwise.training.stored import open_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,3 +29,15 @@ def test_the_page_has_the_figures_of_the_record() -> None:
     assert f"{everything:.2f} times faster in all" in page.replace("\n", " ")
     assert f"{record['times_faster_scoring']:.2f} times in the likelihoods alone" in page.replace("\n", " ")
     assert f"at most {record['largest_difference_nats']:.1e}".replace("e-0", "e-") in page.replace("\n", " ")
+
+
+def test_our_side_scores_the_files_of_tasks(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = importlib.import_module("eval_tasks")
+    opened = open_run(train(tiny(data__tokenizer="byte"), sinks=[])["run_dir"])
+    rows = [{"sentence_good": "the fox jumps.", "sentence_bad": "the fox jump."}] * 3
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = program.ours(opened, [tmp_path / "pairs.jsonl"])
+    assert found["acc"] in ({"pairs": 0.0}, {"pairs": 1.0})
+    assert len(found["nats"]) == 6
+    assert 0 < found["scoring_seconds"] <= found["seconds"]
