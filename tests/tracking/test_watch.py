@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -205,6 +206,29 @@ def test_several_viewers_get_the_page_its_body_and_the_figures(tmp_path, make_ru
         status, body, headers = ask(server, "/report", method="HEAD")
         assert (status, body) == (200, "")
         assert int(headers["Content-Length"]) > 1000
+
+
+def test_a_page_that_is_being_drawn_is_finished_before_the_end(tmp_path, make_run, run_events, monkeypatch):
+    folder = make_run(tmp_path / "run", run_events(n_stacks=1, stage_steps=20, joint=False))
+    begun, drawn = threading.Event(), []
+    original = LiveRun._body
+
+    def slow(self):
+        begun.set()
+        time.sleep(0.2)
+        drawn.append(original(self))
+        return drawn[-1]
+
+    monkeypatch.setattr(LiveRun, "_body", slow)
+    with served(folder.path) as server:
+        viewer = threading.Thread(target=lambda: ask(server, "/report"))
+        viewer.start()
+        assert begun.wait(30)
+    assert len(drawn) == 1
+    viewer.join()
+    (folder.path / "metrics.jsonl").unlink()
+    server.run.page()
+    assert len(drawn) == 1, "and none is drawn after it"
 
 
 @pytest.mark.parametrize("path", ["/config.yaml", "/../run/metrics.jsonl", "/report/", "/%2e%2e/"])

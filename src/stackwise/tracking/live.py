@@ -37,6 +37,7 @@ class LiveRun:
         self._seen = False
         self._drawn: tuple[str, str] = ("none", "")  # version, body
         self._rest_until = float("-inf")
+        self._closed = False
 
     def state(self) -> dict[str, Any]:
         """Figures of this moment, JSON-able. ``status``: waiting, gone, or that of ``RunHistory``.
@@ -73,11 +74,21 @@ class LiveRun:
         with self._lock:
             self._read()
             version = self._version()
-            if version != self._drawn[0] and (self._clock() >= self._rest_until or not self._going()):
+            due = version != self._drawn[0] and not self._closed
+            if due and (self._clock() >= self._rest_until or not self._going()):
                 began = time.perf_counter()
                 self._drawn = (version, self._body())
                 self._rest_until = self._clock() + (time.perf_counter() - began) / _SHARE
             return self._drawn
+
+    def close(self) -> None:
+        """Wait for a page that is being drawn, and draw none after it.
+
+        Viewers are served by threads that may outlive the main one, and a thread inside a library's own code while
+        Python shuts down aborts the process.
+        """
+        with self._lock:
+            self._closed = True
 
     def whole_page(self, nonce: str) -> str:
         """The page that a browser loads first. Its script, which bears the nonce, keeps it up to date."""

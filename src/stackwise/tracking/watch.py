@@ -37,6 +37,10 @@ class WatchServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the network for the name of this host
         self.server_name, self.server_port = self.host, int(self.server_address[1])
 
+    def server_close(self) -> None:
+        super().server_close()
+        self.run.close()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away is no news."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
