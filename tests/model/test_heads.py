@@ -135,7 +135,7 @@ def test_every_head_learns():
         return {"input_ids": rows.input_ids, "token_type_ids": rows.token_type_ids}, labels
 
     assert fit(SequenceClassifier(rack_of(), 2, pooling="cls"), 60, whether_first_is_large) < 0.2
-    assert fit(SequenceRegressor(rack_of()), 60, share_of_large) < 0.01
+    assert fit(SequenceRegressor(rack_of()), 60, share_of_large) < 0.02
     assert fit(TokenClassifier(rack_of(), 2), 40, large) < 0.2
     assert fit(PairClassifier(pair_rack(), 2), 150, same_kind) < 0.3
     assert fit(ValueHead(rack_of("gpt_style")), 60, which_are_large) < 0.1
