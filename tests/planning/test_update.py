@@ -1,4 +1,4 @@
-"""What the optimizer's step takes for a moment is what real steps take, to the byte."""
+"""What the optimizer's step takes for a moment is what real steps take: Muon to the byte, Adam but for some scales."""
 
 from __future__ import annotations
 

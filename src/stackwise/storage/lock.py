@@ -38,7 +38,7 @@ class FileLock:
                 if not _locked(fd):
                     return False
                 # Its holder may have removed the folder between the opening and the locking.
-                if self.path.exists() and os.path.samestat(os.fstat(fd), self.path.stat()):
+                if _lies_at(self.path, fd):
                     self._fd, fd = fd, -1
                     FileLock._held.add(self)
             finally:
@@ -64,6 +64,13 @@ class FileLock:
         """In a forked child, whose copies would keep the locks of a parent that was killed. Closing them unlocks nothing."""
         for lock in list(cls._held):
             lock.release()
+
+
+def _lies_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _locked(fd: int) -> bool:
